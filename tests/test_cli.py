@@ -1,0 +1,53 @@
+"""The commands as a person types them."""
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from mlc_notebooks.probing import Trace
+
+BIN = Path(sys.executable).parent
+MY_CSV = Path(__file__).parent / "data/my.csv"  # the README's example
+
+
+def run(*argv, **options):
+    return subprocess.run([str(BIN / argv[0]), *map(str, argv[1:])], capture_output=True, text=True, **options)
+
+
+def test_help_answers_at_once():
+    started = time.time()
+    for command in ("mlc-probe", "mlc-fetch"):
+        done = run(command, "--help")
+        assert done.returncode == 0 and "usage: " + command in done.stdout
+    assert "torch" not in done.stdout and time.time() - started < 20
+
+
+def test_own_csv_to_report(tmp_path):
+    "README: mlc-probe --file my.csv"
+    done = run("mlc-probe", "--file", MY_CSV, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Report: runs/probe/report.html" in done.stdout and "top probability, step 1" in done.stdout
+    page = (tmp_path / "runs/probe/report.html").read_text(encoding="utf-8")
+    assert "src=\"data:image/png" in page and "http" not in page.split("</style>")[1].split("<h3>Every answer")[0]
+    trace = Trace.load(tmp_path / "runs/probe/my")
+    assert len(trace) == len(pd.read_csv(MY_CSV)) and trace.settings["model"] == "smollm2-135m-emotions"
+    assert len(pd.read_parquet(tmp_path / "runs/probe/my/trace.parquet")) == len(trace.steps) * len(trace.labels.outcomes)
+
+
+@pytest.mark.parametrize("argv, code, said", [
+    (["--task", "goemotion"], 2, "unknown task 'goemotion'"),
+    (["--file", "nowhere.csv"], 2, "nowhere.csv"),
+    (["--file", MY_CSV, "--task", "goemotions"], 2, "not both"),
+    (["--file", MY_CSV, "--text", "comment"], 2, "no column 'comment'"),
+    (["--file", MY_CSV, "--labels", "joy,fear"], 2, "which the given labels"),
+    (["--file", MY_CSV, "--shots", "4"], 2, "no train split"),
+    (["--task", "semeval2018"], 2, "do not redistribute"),
+    (["--decoding", "beam"], 2, "invalid choice"),
+])
+def test_wrong_input_is_one_line_and_exit_code_2(argv, code, said, tmp_path):
+    done = run("mlc-probe", *argv, cwd=tmp_path)
+    assert done.returncode == code and said in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,124 @@
+"""The cached, batched path against its twins, on the tuned model and real texts."""
+import numpy as np
+import pytest
+from scipy.special import logsumexp
+
+from mlc_notebooks.data import load_task
+from mlc_notebooks.engine import PlainTree, prompt_tree
+from mlc_notebooks.labels import LabelSet
+from mlc_notebooks.metrics import BROKEN
+from mlc_notebooks.models import AnswerTokens, load_lm
+from mlc_notebooks.probing import Trace, probe_steps
+from mlc_notebooks.prompts import list_prompts
+
+
+@pytest.fixture(scope="module")
+def task():
+    "Twelve texts of BRIGHTER English, most with several labels."
+    return load_task("brighter-eng").sample(12, seed=3, kind="main")
+
+
+def assert_same(one: Trace, other: Trace):
+    "Trap 9: probabilities within 1e-4, log-probabilities within 1e-3, the same answers but for flagged near ties."
+    near_tie = one.items["flags"].map(lambda flags: "near_tie" in flags)
+    assert (one.items["outcomes"] == other.items["outcomes"])[~near_tie].all()
+    keep = ~one.steps["example"].isin(one.items.index[near_tie]).to_numpy()
+    assert keep.any()
+    assert np.abs(one.logprobs - other.logprobs)[keep].max() < 1e-3
+    assert np.abs(one.probs - other.probs)[keep].max() < 1e-4
+    for column in ("go", "stop", "mass"):
+        np.testing.assert_allclose(one.steps[column][keep], other.steps[column][keep], atol=1e-4)
+
+
+@pytest.mark.parametrize("decoding", ["free", "guided"])
+@pytest.mark.parametrize("reading", ["exact", "first_token"])
+def test_batches_and_order_change_nothing(tuned_lm, task, decoding, reading):
+    ask = dict(shots=2, seed=0, decoding=decoding, reading=reading, progress=False)
+    twin = probe_steps(tuned_lm, task.select(range(4)), **ask, demonstrations=SHOWN, no_cache=True)
+    whole = probe_steps(tuned_lm, task, **ask, demonstrations=SHOWN, batch_size=32)
+    for size in (1, 3):
+        assert_same(probe_steps(tuned_lm, task, **ask, demonstrations=SHOWN, batch_size=size), whole)
+    assert_same(probe_steps(tuned_lm, task.select(range(4)), **ask, demonstrations=SHOWN, batch_size=32), twin)
+    backwards = probe_steps(tuned_lm, task.select(range(11, -1, -1)), **ask, demonstrations=SHOWN, batch_size=32)
+    order = np.concatenate([np.flatnonzero(backwards.steps["example"] == item) for item in task.ids])
+    backwards.items, backwards.steps = backwards.items.loc[list(task.ids)], backwards.steps.iloc[order].reset_index(drop=True)
+    backwards.logprobs = backwards.logprobs[order]
+    assert_same(backwards, whole)
+
+
+SHOWN = [("I can't wait for tonight!", ("joy",)), ("He shouted and I ran.", ("anger", "fear"))]
+
+
+def test_guided_writes_what_free_writes(tuned_lm, task):
+    "Wherever free decoding keeps to the format, without preamble, repeat, invention or none beside a label."
+    free = probe_steps(tuned_lm, task, shots=0, progress=False)
+    guided = probe_steps(tuned_lm, task, shots=0, decoding="guided", progress=False)
+    clean = free.items["flags"].map(lambda flags: not set(flags) & {*BROKEN, "preamble", "forced", "near_tie"})
+    assert clean.sum() >= 8
+    assert (free.items["outcomes"] == guided.items["outcomes"])[clean].all()
+    assert not guided.items["flags"].map(set).map(lambda flags: flags - {"near_tie"}).any()
+
+
+def obvious_exact(lm, next_logprobs, context, forms, tokens):
+    "Score each form's tokens one by one and add the log-sum-exp over the terminators (science.md section 2)."
+    scores = [[] for _ in tokens.labels.outcomes]
+    for form in forms:
+        steps = [next_logprobs(lm, [*context, *form.ids[:i]])[token] for i, token in enumerate(form.ids)]
+        scores[form.outcome].append(sum(steps) + logsumexp(next_logprobs(lm, [*context, *form.ids])[tokens.terminators]))
+    return np.array([logsumexp(values) for values in scores])
+
+
+@pytest.mark.parametrize("fmt, names, none", [
+    ("json", ["joy", "joyful", 'a "quoted" mood', "悲しみ"], "none"),
+    ("comma", ["moral", "morality", "two words"], "none"),
+    ("polysyndeton", ["apple", "red key"], "nothing"),
+    ("json", ["yes", "no"], None),
+])
+def test_exact_is_the_obvious_sum(base_lm, next_logprobs, fmt, names, none):
+    labels = LabelSet(names, none)
+    trace = probe_steps(base_lm, ["It rained all day."], shots=0, labels=labels, fmt=fmt, decoding="guided", progress=False)
+    tokens = AnswerTokens(base_lm, labels, fmt)
+    prompt, = list_prompts(["It rained all day."], labels, fmt=fmt)
+    context = base_lm.encode_prompt(prompt) + tokens.opening
+    by_hand = obvious_exact(base_lm, next_logprobs, context, tokens.first, tokens)
+    np.testing.assert_allclose(trace.logprobs[0], by_hand, atol=1e-3)
+    assert abs(trace.steps["mass"].iloc[0] - np.exp(by_hand).sum()) < 1e-4
+    first = trace.logprobs.argmax(1)[0]
+    assert trace.steps["flags"].iloc[0] == () and 0 <= first < len(labels.outcomes)
+
+
+def test_exact_knows_a_label_from_its_beginning(base_lm, next_logprobs):
+    "joy and joyful share their first token; the terminator tells them apart (trap 3)."
+    trace = probe_steps(base_lm, ["We laughed."], shots=0, labels=["joy", "joyful"], decoding="guided", progress=False)
+    joy, joyful, _ = trace.logprobs[0]
+    assert np.exp(joy) + np.exp(joyful) <= 1 and abs(joy - joyful) > 1e-3
+
+
+def test_an_architecture_that_cannot_be_packed_falls_back(base_lm):
+    "With the check's verdict set to no, the plain tree answers, with a warning, and the results are the same."
+    packed = probe_steps(base_lm, ["It rained."], shots=0, labels=["joy", "fear"], progress=False)
+    base_lm.packs = False
+    try:
+        with pytest.warns(UserWarning, match="every prompt is computed on its own"):
+            assert isinstance(prompt_tree(base_lm), PlainTree)
+            plain = probe_steps(base_lm, ["It rained."], shots=0, labels=["joy", "fear"], progress=False)
+    finally:
+        base_lm.packs = True
+    assert_same(plain, packed)
+    assert (packed.settings["packed"], plain.settings["packed"]) == (True, False)
+
+
+def test_colliding_labels_can_be_asked_for_with_a_warning(base_lm):
+    with pytest.warns(UserWarning, match="joyful"):
+        trace = probe_steps(base_lm, ["We laughed."], shots=0, labels=["joy", "joyful"], reading="first_token",
+                            collisions="warn", progress=False)
+    assert trace.logprobs[0][0] == trace.logprobs[0][1]
+
+
+def test_16_bit_is_close(task):
+    "bfloat16 does not meet trap 9, but its step-1 distributions stay near; the docs say by how much."
+    ask = dict(shots=0, decoding="guided", progress=False)
+    exact = probe_steps(load_lm(dtype="float32"), task, **ask)
+    rough = probe_steps(load_lm(dtype="bfloat16"), task, **ask)
+    first = lambda trace: trace.probs[(trace.steps["step"] == 1).to_numpy()]
+    assert 1e-5 < np.abs(first(exact) - first(rough)).max() < 0.2
