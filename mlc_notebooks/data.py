@@ -484,7 +484,10 @@ def _read_table(path: Path) -> pd.DataFrame:
 def _as_list(cell) -> list[str]:
     "A cell of the column `labels` as a list of names."
     if isinstance(cell, str):
-        cell = ast.literal_eval(cell) if cell.strip().startswith("[") else re.split(r"[;|]", cell)
+        try:
+            cell = ast.literal_eval(cell.strip()) if cell.strip().startswith("[") else re.split(r"[;|]", cell)
+        except (SyntaxError, ValueError):
+            raise ValueError(f"the labels {cell!r} are no list: write joy; anger, or [\"joy\", \"anger\"]") from None
     elif cell is None or (isinstance(cell, float) and np.isnan(cell)):
         cell = []
     return [str(name).strip() for name in cell if str(name).strip()]

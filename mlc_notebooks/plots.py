@@ -43,21 +43,24 @@ def plot_steps(
     "The distribution over the outcomes at each step of one answer; what the model wrote there is orange."
     item = _example_id(trace, example)
     frame = trace.frame().query("example == @item")
+    height = 0.32 * len(trace.labels) + 1.6
     grid = sns.catplot(frame, kind="bar", x="prob", y="label", col="step", hue="written", palette={True: WRITTEN, False: OTHER},
-                       dodge=False, saturation=1, legend=False, height=0.32 * len(trace.labels) + 1.6, aspect=1.15)
+                       dodge=False, saturation=1, legend=False, height=height, aspect=3.6 / height,
+                       col_wrap=min(4, frame["step"].nunique()))
     for step, axis in grid.axes_dict.items():
         at = frame[frame["step"] == step].iloc[0]
         wrote = f"writes {at['wrote']}" if at["wrote"] else "wrote no list"
         then = "" if pd.isna(at["p_go"]) else f", then goes on with p = {at['p_go']:.2f}"
-        axis.set_title(f"step {step}: {wrote}", fontsize=11)
+        axis.set_title(f"step {step}: {wrote}", fontsize=11, pad=18)
+        axis.text(0.5, 1.03, f"label mass {at['mass']:.2f}{then}", transform=axis.transAxes, ha="center", fontsize=8)
         axis.set_xlabel("probability among the outcomes")
-        axis.text(0.98, 0.02, f"label mass {at['mass']:.2f}{then}", transform=axis.transAxes, ha="right", va="bottom", fontsize=8)
         for bar in axis.patches:
             if bar.get_width() >= 0.005:
                 axis.text(bar.get_width() + 0.01, bar.get_y() + bar.get_height() / 2, f"{bar.get_width():.2f}", va="center", fontsize=8)
     grid.set(xlim=(0, 1.12), ylabel="")
-    grid.figure.suptitle("\n".join(textwrap.wrap(f"“{trace.items.loc[item, 'text']}”", int(grid.figure.get_figwidth() * 11))),
-                         y=1.0, va="bottom", fontsize=11)
+    grid.tight_layout()
+    said = textwrap.shorten(trace.items.loc[item, "text"], 300, placeholder=" ...")
+    grid.figure.suptitle("\n".join(textwrap.wrap(f"“{said}”", int(grid.figure.get_figwidth() * 11))), y=1.0, va="bottom", fontsize=11)
     tops = frame.groupby("step")["prob"].max()
     _caption(grid.figure, f"Label distribution at each step ({trace.settings['model']}, {trace.settings['reading']} reading). "
              f"Orange: what is written there. The top outcome holds " + ", ".join(f"{p:.0%}" for p in tops) + ".")

@@ -27,7 +27,8 @@ pre {background: #f6f6f6; padding: .8rem; white-space: pre-wrap; font-size: 12px
 <p>A language model that answers with a list of labels writes them one at a time. Below is the probability that it gave to
 <em>every</em> label at each step (softmax over the labels and none; the label mass is their total under the full vocabulary).</p>
 {{ summary }}
-<p class="note">Means with 95 % bootstrap intervals over texts; n is the number of texts that a mean is taken over.</p>
+<p class="note">Means with 95 % bootstrap intervals over texts; n is the number of texts that a mean is taken over. Texts are shown
+as they stand in the data; some may offend.</p>
 {% for part in parts %}
 <h2>{{ part.name }}</h2>
 <h3>By step</h3><img alt="top and second probability by step" src="{{ part.by_step }}">
@@ -150,6 +151,8 @@ def _file_labels(given: str | None):
     "Label names from a file with one a line, or from a comma-separated list."
     if given is None or Path(given).is_file():
         return given
+    if "," not in given and Path(given).suffix:
+        raise FileNotFoundError(f"there is no file of labels {given}")
     return [name.strip() for name in given.split(",")]
 
 

@@ -8,7 +8,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/supervised.html.md"""
 __all__ = ['LINEAR_LAYERS', 'EMOTION_STAGES', 'Example', 'sft_example', 'EmotionMix', 'emotion_examples', 'LoraSettings',
            'answer_loss', 'train_lora', 'train_emotions']
 
-# %% ../nbs/09_supervised.ipynb #06ac6d4e
+# %% ../nbs/09_supervised.ipynb #653f84ce
 import json
 import random
 import tempfile
@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .data import load_task
 from .labels import FORMATS, LabelSet

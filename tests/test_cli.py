@@ -44,6 +44,7 @@ def test_own_csv_to_report(tmp_path):
     (["--file", MY_CSV, "--text", "comment"], 2, "no column 'comment'"),
     (["--file", MY_CSV, "--labels", "joy,fear"], 2, "which the given labels"),
     (["--file", MY_CSV, "--shots", "4"], 2, "no train split"),
+    (["--file", MY_CSV, "--labels", "labels.txt"], 2, "no file of labels labels.txt"),
     (["--task", "semeval2018"], 2, "do not redistribute"),
     (["--decoding", "beam"], 2, "invalid choice"),
 ])

@@ -59,6 +59,25 @@ def test_guided_writes_what_free_writes(tuned_lm, task):
     assert not guided.items["flags"].map(set).map(lambda flags: flags - {"near_tie"}).any()
 
 
+@pytest.mark.parametrize("options", [dict(chat=True), dict(fmt="comma"), dict(fmt="polysyndeton"), dict(chat=True, fmt="comma")],
+                         ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize("decoding", ["free", "guided"])
+def test_other_ways_to_ask_agree_with_their_twin(tuned_lm, task, options, decoding):
+    ask = dict(demonstrations=SHOWN, decoding=decoding, progress=False, **options)
+    few = task.select(range(3))
+    trace = probe_steps(tuned_lm, few, **ask)
+    assert_same(trace, probe_steps(tuned_lm, few, **ask, no_cache=True))
+    assert set(trace.steps.groupby("example")["step"].min()) == {1}
+
+
+def test_demonstrations_of_ones_own_for_each_text(tuned_lm, task):
+    few = task.select(range(3))
+    shared = probe_steps(tuned_lm, few, demonstrations=SHOWN, progress=False)
+    assert_same(probe_steps(tuned_lm, few, demonstrations=[SHOWN] * 3, progress=False), shared)
+    with pytest.raises(ValueError, match="2 lists of demonstrations for 3 texts"):
+        probe_steps(tuned_lm, few, demonstrations=[SHOWN] * 2, progress=False)
+
+
 def obvious_exact(lm, next_logprobs, context, forms, tokens):
     "Score each form's tokens one by one and add the log-sum-exp over the terminators (science.md section 2)."
     scores = [[] for _ in tokens.labels.outcomes]
