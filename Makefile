@@ -52,6 +52,7 @@ tutorials: $(READY)
 README_FROM = $(BIN)/jupyter nbconvert --to markdown --log-level WARN --NbConvertApp.output_files_dir=nbs/images/readme nbs/index.ipynb
 
 readme: $(READY)
+	rm -rf nbs/images/readme
 	$(README_FROM) --output-dir . --output README
 
 readme-check: $(READY)
