@@ -128,6 +128,17 @@ def test_the_real_files(name, options, sizes, annotators):
     assert task.agreement()["annotators"].mean() == pytest.approx(annotators, abs=0.25)
 
 
+def test_the_default_threshold_is_the_organisers_own():
+    "The majority of the Swedish annotators against the aggregated labels: threshold 1 reproduces them, 2 does not."
+    folder = Path(os.environ.get("MLC_DATA", "/nowhere")) / "brighter"
+    if not folder.is_dir():
+        pytest.skip("MLC_DATA is not set to a folder with this data set")
+    aggregated = load_task("brighter-swe", folder=folder, annotators=False).majority()
+    share = {t: (m.to_numpy() == aggregated.loc[m.index].to_numpy()).mean()
+             for t in (1, 2) for m in [load_task("brighter-swe", folder=folder, threshold=t).majority()]}
+    assert share[1] > 0.99 > 0.95 > share[2]
+
+
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
 def test_own_tables(ending, tmp_path):
     import pandas as pd
