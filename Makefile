@@ -60,7 +60,7 @@ readme-check: $(READY)
 	diff -u README.md "$$out/README.md" && diff -r nbs/images/readme "$$out/nbs/images/readme" || \
 	{ echo "README.md is not what nbs/index.ipynb gives: make readme"; exit 1; }
 
-# Train the embedded adapter again (about half an hour on 2 cores with bfloat16 instructions).
+# Train the embedded adapter again (log.csv beside it has the minutes that the recorded run took).
 adapter: $(READY)
 	$(BIN)/python -c 'from mlc_notebooks.supervised import train_emotions; train_emotions()'
 

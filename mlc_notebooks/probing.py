@@ -448,8 +448,8 @@ def _merges(lm, prompt, row, tokens):
     return lm.tokenizer(joint, split_special_tokens=True).input_ids[:len(row)] != row
 
 # %% ../nbs/05_probing.ipynb #2d754dbe
-def _probe_batch(tree, suffixes, reader, make_decoder, hidden, attention) -> list[tuple[Decoded, list[dict]]]:
-    "Decode one batch of texts and read all its steps."
+def _probe_batch(tree, suffixes, reader, make_decoder, hidden, attention) -> list[tuple]:
+    "Decode one batch of texts and read all its steps: output, outcomes, flags and steps of each."
     tree.rewind()
     starts = [Node(tree.root, ids) for ids in suffixes]
     answers = _decode_together(tree, [make_decoder(start) for start in starts], starts, reader.watch)
