@@ -13,6 +13,7 @@ import json
 import random
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from .data import load_task
+from .data import load_task, text_key
 from .labels import FORMATS, LabelSet
 from .models import LM, adapter_folder, load_lm
 from .prompts import list_prompts
@@ -71,6 +72,7 @@ class EmotionMix:
     max_shots: int = 6
     score_demonstrations: bool = False  # teach the answers of demonstrations too
     goemotions_multi: float | None = None  # share of GoEmotions texts with several labels; None: as they come
+    rare_sets: float | None = None  # draw BRIGHTER texts in proportion to (texts with the same label set) ** -rare_sets
 
 
 def _instruction_labels(labels: LabelSet, mix: EmotionMix, rng: random.Random) -> LabelSet:
@@ -108,14 +110,29 @@ def _pick(pool, mix, rng):
     return rng.sample(several, multi) + rng.sample(others, mix.goemotions_texts - multi)
 
 
+def _pick_rare(pool, mix, rng):
+    "Positions of the BRIGHTER texts to train on; with `rare_sets`, drawn with replacement."
+    if mix.rare_sets is None:
+        return list(range(len(pool))) * mix.brighter_passes
+    count = Counter(chosen for _, chosen in pool)
+    weights = [count[chosen] ** -mix.rare_sets for _, chosen in pool]
+    return rng.choices(range(len(pool)), weights, k=len(pool) * mix.brighter_passes)
+
+
+def _without_other_splits(task, split):
+    "The task without the texts that another split has too (trap 20)."
+    held_out = {text_key(text) for name, other in task.splits.items() if name != split for text in other.texts}
+    return task.select([i for i, text in enumerate(task.texts) if text_key(text) not in held_out])
+
+
 def emotion_examples(lm: LM, split: str = "train", mix: EmotionMix = EmotionMix(), seed: int = 0) -> list[Example]:
-    "Examples from one split of GoEmotions and BRIGHTER English, shuffled."
+    "Examples from one split of GoEmotions and BRIGHTER English, shuffled, without texts that stand in other splits too."
     rng = random.Random(seed)
-    coarse, fine, brighter = (load_task(n, split) for n in ("goemotions", "goemotions-27", "brighter-eng"))
+    coarse, fine, brighter = (_without_other_splits(load_task(n, split), split)
+                              for n in ("goemotions", "goemotions-27", "brighter-eng"))
     pools = {id(task): list(zip(task.texts, task.gold_sets())) for task in (coarse, fine, brighter)}
-    picked = _pick(pools[id(coarse)], mix, rng)
-    drawn = [(fine if rng.random() < mix.all_27 else coarse, i) for i in picked]
-    drawn += [(brighter, i) for i in range(len(brighter))] * mix.brighter_passes
+    drawn = [(fine if rng.random() < mix.all_27 else coarse, i) for i in _pick(pools[id(coarse)], mix, rng)]
+    drawn += [(brighter, i) for i in _pick_rare(pools[id(brighter)], mix, rng)]
     examples = []
     for task, position in drawn:
         text, chosen = pools[id(task)][position]
@@ -228,26 +245,36 @@ EMOTION_STAGES = (
     (EmotionMix(), LoraSettings()),
     (EmotionMix(goemotions_texts=1500, goemotions_multi=0.25, all_27=0.05, fewer_labels=0.1, shuffled=0.3, few_shot=0.25,
                 max_shots=4, score_demonstrations=True), LoraSettings(batch_size=8, seed=1)),
+    (EmotionMix(brighter_passes=1, rare_sets=0.5, goemotions_texts=2000, goemotions_multi=0.15, all_27=0, fewer_labels=0.05,
+                shuffled=0.2, few_shot=0.1, max_shots=4, score_demonstrations=True), LoraSettings(batch_size=8, seed=2)),
 )
 
 
-def train_emotions(out: str | Path | None = None, first_stage: str | Path | None = None) -> pd.DataFrame:
-    "Train the adapter `smollm2-135m-emotions` on the train splits in the package, or go on from a first stage; returns the log."
-    out, logs, records = Path(out or adapter_folder("smollm2-135m-emotions")), [], []
+def train_emotions(out: str | Path | None = None, start: str | Path | None = None, first: int = 1) -> pd.DataFrame:
+    """Train the adapter `smollm2-135m-emotions` on the train splits in the package; returns the log.
+
+    `first`: go on with this stage (1, 2, 3) from the adapter in the folder `start`, whose log and settings are kept.
+    """
+    out = Path(out or adapter_folder("smollm2-135m-emotions"))
+    logs, records = _earlier_stages(start or out, first)
     dev_mix = EmotionMix(brighter_passes=1, goemotions_texts=116, few_shot=0, fewer_labels=0)
-    for stage, (mix, settings) in enumerate(EMOTION_STAGES, 1):
+    for stage, (mix, settings) in list(enumerate(EMOTION_STAGES, 1))[first - 1:]:
         lm = load_lm("smollm2-135m")
         train = emotion_examples(lm, "train", mix, settings.seed)
         dev = emotion_examples(lm, "dev", dev_mix, seed=0)[:192]
-        record = {**asdict(settings), "mix": asdict(mix), "examples": len(train), "tokens": sum(len(e.ids) for e in train),
-                  "dev_examples": len(dev)}
-        if stage == 1 and first_stage is not None:
-            log = pd.read_csv(Path(first_stage) / "log.csv")
-        else:
-            log = train_lora(lm, train, dev, out, settings, start=None if stage == 1 else first_stage or out)
-        logs.append(log.assign(stage=stage))
-        records.append(record)
-    log = pd.concat(logs)
-    log.round(4).to_csv(out / "log.csv", index=False)
-    (out / "settings.json").write_text(json.dumps({"stages": records}, indent=1) + "\n")
+        before = None if stage == 1 else start or out if stage == first else out
+        logs.append(train_lora(lm, train, dev, out, settings, before).assign(stage=stage))
+        records.append({**asdict(settings), "mix": asdict(mix), "examples": len(train),
+                        "tokens": sum(len(e.ids) for e in train), "dev_examples": len(dev)})
+        log = pd.concat(logs)
+        log.round(4).to_csv(out / "log.csv", index=False)
+        (out / "settings.json").write_text(json.dumps({"stages": records}, indent=1) + "\n")
     return log
+
+
+def _earlier_stages(folder, first):
+    "Log and settings of the stages before `first`."
+    if first == 1:
+        return [], []
+    log = pd.read_csv(Path(folder) / "log.csv")
+    return [log[log["stage"] < first]], json.loads((Path(folder) / "settings.json").read_text())["stages"][:first - 1]
