@@ -12,11 +12,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from . import data, engine, labels, metrics, models, plots, probing, prompts, study
+from . import data, engine, experiments, labels, metrics, models, plots, probing, prompts, study
 
-for _module in (labels, data, prompts, models, engine, probing, metrics, plots, study):
+for _module in (labels, data, prompts, models, engine, probing, metrics, experiments, plots, study):
     globals().update({name: getattr(_module, name) for name in _module.__all__})
 
 # %% ../nbs/12_all.ipynb #c011511f
-__all__ = ["np", "pd", "plt", *(name for module in (labels, data, prompts, models, engine, probing, metrics, plots, study)
+__all__ = ["np", "pd", "plt", *(name for module in (labels, data, prompts, models, engine, probing, metrics, experiments, plots, study)
                                 for name in module.__all__)]
