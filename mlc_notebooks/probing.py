@@ -6,7 +6,8 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/probing.html.md"""
 
 # %% auto #0
 __all__ = ['NEAR_TIE', 'FormTrie', 'StepReader', 'Seen', 'Step', 'Decoded', 'free_decoder', 'guided_decoder', 'Trace',
-           'probe_steps']
+           'ListQuestions', 'ask_for_lists', 'probe_steps', 'attention_shares', 'LogisticPerLabel', 'make_probe',
+           'HeldOut', 'probe_predictions']
 
 # %% ../nbs/05_probing.ipynb #0ba12d5a
 import hashlib
@@ -18,14 +19,22 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy.special import logsumexp, softmax
+from sklearn.base import BaseEstimator
+from sklearn.decomposition import TruncatedSVD
+from sklearn.dummy import DummyClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupShuffleSplit
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
-from .data import AnnotatedTexts
+from .data import AnnotatedTexts, text_key
 from .engine import Node, PackedTree, batch_size_for, common_prefix, in_batches, prompt_tree
 from .labels import AnswerFormat, Entry, LabelSet, list_is_over, parse_answer
 from .models import LM, AnswerTokens
@@ -70,6 +79,16 @@ class StepReader:
         behind_bare = [] if tokens.bare is None else [tokens.bare, *tokens.bare_go, *tokens.bare_stop]
         self.watch = np.unique(np.array([*spelled, *tokens.terminators, *behind_bare], dtype=int))
         self.column = {token: position for position, token in enumerate(self.watch.tolist())}
+
+    def stop_masses(self, after: np.ndarray, behind_bare: np.ndarray | None) -> dict:
+        "Masses of going on and of stopping, from watched log-probabilities behind a label and behind a bare quote after it."
+        tokens, mass = self.tokens, lambda logprobs, ids: float(np.exp(logprobs[self.columns(ids)]).sum())
+        go, stop = mass(after, tokens.go), mass(after, tokens.stop)
+        if behind_bare is not None:
+            bare = mass(after, [tokens.bare])
+            go += bare * mass(behind_bare, tokens.bare_go)
+            stop += bare * mass(behind_bare, tokens.bare_stop)
+        return {"go": go, "stop": stop}
 
     def columns(self, ids) -> list[int]:
         "Where the watched log-probabilities of these tokens stand."
@@ -286,25 +305,21 @@ def _stop_decision(step: Step, reader: StepReader, behind_bare) -> dict:
     "Masses of going on and of stopping behind the written label, a bare quote resolved by one more token."
     if step.after is None:
         return {"go": np.nan, "stop": np.nan}
-    tokens = reader.tokens
-    mass = lambda logprobs, ids: float(np.exp(logprobs[reader.columns(ids)]).sum())
-    go, stop = mass(step.after.logprobs, tokens.go), mass(step.after.logprobs, tokens.stop)
-    if len(behind_bare):
-        bare = mass(step.after.logprobs, [tokens.bare])
-        go += bare * mass(behind_bare[0], tokens.bare_go)
-        stop += bare * mass(behind_bare[0], tokens.bare_stop)
-    return {"go": go, "stop": stop}
+    return reader.stop_masses(step.after.logprobs, behind_bare[0] if len(behind_bare) else None)
 
 # %% ../nbs/05_probing.ipynb #7cb28993
+_STEP_COLUMNS = ("wrote", "mass", "go", "stop", "prompt_tokens", "generated_tokens", "flags")
+
+
 @dataclass(eq=False)
 class Trace:
     "Label distributions at every step of every answer, and what made them."
     labels: LabelSet
     items: pd.DataFrame  # index id; text, output, outcomes (tuple), flags (tuple)
-    steps: pd.DataFrame  # example, step, wrote, mass, go, stop, flags (tuple)
+    steps: pd.DataFrame  # example, step, wrote, mass, go, stop, prompt_tokens, generated_tokens, flags (tuple)
     logprobs: np.ndarray  # (steps, L+1), columns in the order of labels.outcomes
     settings: dict
-    hidden: np.ndarray | None = None  # (steps, layers + 1, width), at the token that predicts the label
+    hidden: np.ndarray | None = None  # (kept steps, layers + 1, width), at the token that predicts the label: `states`
     attention: np.ndarray | None = None  # (steps, layers, 3): mass on prompt, generated, first tokens of earlier labels
 
     def __len__(self):
@@ -316,8 +331,8 @@ class Trace:
 
     @property
     def probs(self) -> np.ndarray:
-        "(steps, L+1) softmax over the outcomes."
-        return softmax(self.logprobs, axis=1)
+        "(steps, L+1) softmax over the outcomes, in float64."
+        return softmax(self.logprobs.astype(float), axis=1)
 
     def frame(self) -> pd.DataFrame:
         "Tidy table, one row per text, step and outcome."
@@ -337,34 +352,62 @@ class Trace:
         written = [[name for name in row if name in self.labels] for row in self.items["outcomes"]]
         return pd.DataFrame([self.labels.vector(row) for row in written], self.items.index, list(self.labels))
 
+    def states(self, layer: int, step: int = 1) -> pd.DataFrame:
+        """Hidden states (n, width) at the token that predicts label `step`, indexed by the ids of the n items that have it.
+
+        Layer 0 is the embeddings, the last one stands behind the final norm. Only these rows are read from a loaded
+        trace. Raises `ValueError` where the trace does not keep them.
+        """
+        if self.hidden is None:
+            raise ValueError("this trace keeps no hidden states: run probe_steps(..., hidden=True), or hidden='first'")
+        first_only = self.settings.get("hidden") == "first"
+        if first_only and step != 1:
+            raise ValueError(f"this trace keeps hidden states of step 1 only, not of step {step}: "
+                             "run probe_steps(..., hidden=True)")
+        if not 0 <= layer < self.hidden.shape[1]:
+            raise ValueError(f"there is no layer {layer}: layers go from 0 (embeddings) to {self.hidden.shape[1] - 1}")
+        kept = self.steps[self.steps["step"] == 1] if first_only else self.steps
+        rows = np.flatnonzero(kept["step"] == step)
+        return pd.DataFrame(self.hidden[rows, layer], pd.Index(kept["example"].iloc[rows], name="id"))
+
     def save(self, folder: str | Path) -> Path:
-        "Write trace.parquet (tidy), items.parquet, trace.json and, where asked for, states.npz."
+        "Write trace.parquet (tidy), items.parquet, trace.json and, where the trace has them, hidden.npy and attention.npy."
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.frame().to_parquet(folder / "trace.parquet", index=False)
         self.items.to_parquet(folder / "items.parquet")
         header = {"labels": list(self.labels), "none": self.labels.none, "settings": self.settings}
         (folder / "trace.json").write_text(json.dumps(header, indent=1, ensure_ascii=False), encoding="utf-8")
-        states = {name: value for name in ("hidden", "attention") if (value := getattr(self, name)) is not None}
-        if states:
-            np.savez_compressed(folder / "states.npz", **states)
+        for name in ("hidden", "attention"):
+            _save_array(folder / f"{name}.npy", getattr(self, name))
         return folder
 
     @classmethod
     def load(cls, folder: str | Path) -> "Trace":
-        "Read what `save` wrote."
+        "Read what `save` wrote; hidden states and attention stay on disk until they are used (numpy memory maps)."
         folder = Path(folder)
         if not (folder / "trace.json").is_file():
             raise FileNotFoundError(f"{folder} holds no trace: there is no trace.json")
         header = json.loads((folder / "trace.json").read_text(encoding="utf-8"))
         labels = LabelSet(header["labels"], header["none"])
         tidy, items = pd.read_parquet(folder / "trace.parquet"), pd.read_parquet(folder / "items.parquet")
-        steps = tidy.iloc[::len(labels.outcomes)][["example", "step", "wrote", "mass", "go", "stop", "flags"]]
+        steps = tidy.iloc[::len(labels.outcomes)][["example", "step", *_STEP_COLUMNS]]
         steps = steps.assign(flags=steps["flags"].map(lambda cell: tuple(cell.split()))).reset_index(drop=True)
         items = items.assign(outcomes=items["outcomes"].map(tuple), flags=items["flags"].map(tuple))
         logprobs = tidy["logprob"].to_numpy().reshape(len(steps), -1)
-        states = dict(np.load(folder / "states.npz")) if (folder / "states.npz").is_file() else {}
+        states = {name: np.load(path, mmap_mode="r") for name in ("hidden", "attention")
+                  if (path := folder / f"{name}.npy").is_file()}
         return cls(labels, items, steps, logprobs, header["settings"], **states)
+
+
+def _save_array(path: Path, array: np.ndarray | None):
+    "Write the file anew, or remove the one of an earlier trace; put in place whole, since `array` may be mapped from it."
+    if array is None:
+        return path.unlink(missing_ok=True)
+    whole = path.with_suffix(".part")
+    with whole.open("wb") as file:
+        np.save(file, array)
+    whole.replace(path)
 
 # %% ../nbs/05_probing.ipynb #1559c7d9
 def _as_task(texts, labels):
@@ -408,14 +451,43 @@ def _demonstrations(task, shots, seed, multi_share, given):
 
 
 @dataclass
-class _Prompts:
-    "The prompts of a run as text and ids."
+class ListQuestions:
+    "The prompts that ask for each text's list of labels, as text and ids."
+    tokens: AnswerTokens  # what the answers look like
     prompts: list
     rows: list[list[int]]
     flags: list[set]  # per text: text_truncated, boundary_merged
 
 
-def _encode_prompts(lm, task, make, tokens, chat, long_text) -> _Prompts:
+def ask_for_lists(
+    lm: LM,
+    task: AnnotatedTexts,
+    shots: int = 10,
+    *,
+    seed: int = 0,
+    fmt: str | AnswerFormat = "json",
+    demonstrations=None,
+    multi_share: float | None = 0.5,
+    template: Template | None = None,
+    chat: bool = False,
+    long_text: str = "error",
+) -> ListQuestions:
+    """The questions of `probe_steps`, with its arguments and errors; the model is not run.
+
+    Raises `ValueError` for an empty task, an empty text, a text that does not fit the context, labels that the format
+    cannot write, or demonstrations that cannot be drawn.
+    """
+    if not len(task):
+        raise ValueError("there are no texts to probe")
+    _check_choice("long_text", long_text, ("error", "truncate"))
+    check_texts(task.ids, task.texts)
+    tokens = AnswerTokens(lm, task.labels, fmt, before="" if chat else template.before_answer if template else "\n")
+    shown = _demonstrations(task, shots, seed, multi_share, demonstrations)
+    make = lambda asked: list_prompts(asked, task.labels, shown, task.kind, fmt, template)
+    return _encode_prompts(lm, task, make, tokens, chat, long_text)
+
+
+def _encode_prompts(lm, task, make, tokens, chat, long_text) -> ListQuestions:
     "Prompts that leave room for the longest answer; raises `ValueError` naming a text that is too long."
     texts, flags, room = list(task.texts), [set() for _ in task.texts], tokens.longest_answer
     prompts = make(texts)
@@ -439,7 +511,7 @@ def _encode_prompts(lm, task, make, tokens, chat, long_text) -> _Prompts:
     for prompt, row, flag in zip(prompts, rows, flags):
         if not chat and _merges(lm, prompt, row, tokens):
             flag.add("boundary_merged")
-    return _Prompts(prompts, rows, flags)
+    return ListQuestions(tokens, prompts, rows, flags)
 
 
 def _merges(lm, prompt, row, tokens):
@@ -453,33 +525,58 @@ def _probe_batch(tree, suffixes, reader, make_decoder, hidden, attention) -> lis
     tree.rewind()
     starts = [Node(tree.root, ids) for ids in suffixes]
     answers = _decode_together(tree, [make_decoder(start) for start in starts], starts, reader.watch)
-    found = _read_steps(tree, [step for answer in answers for step in answer.steps], reader)
-    if hidden or attention:
-        states = _states(tree, [(a.steps, i, start) for a, start in zip(answers, starts) for i in range(len(a.steps))],
-                         hidden, attention)
-        found = [{**values, **state} for values, state in zip(found, states)]
-    rows = iter(found)
-    return [(answer.output, answer.outcomes, answer.flags,
-             [{"wrote": step.written, "flags": tuple(sorted(step.flags)), **next(rows)} for step in answer.steps])
-            for answer in answers]
+    places = [_Place(answer.steps, i, start) for answer, start in zip(answers, starts) for i in range(len(answer.steps))]
+    found = _read_steps(tree, [place.step for place in places], reader)
+    states = _states(tree, places, reader.tokens, hidden, attention) if hidden or attention else [{}] * len(places)
+    rows = iter([{"wrote": place.step.written, "flags": tuple(sorted(place.step.flags)), "prompt_tokens": place.prompt,
+                  "generated_tokens": place.length - place.prompt, **values, **state}
+                 for place, values, state in zip(places, found, states)])
+    return [(answer.output, answer.outcomes, answer.flags, [next(rows) for _ in answer.steps]) for answer in answers]
 
 
-def _states(tree, steps, hidden, attention):
-    "Hidden states and attention shares of each step, from the token that predicts its label."
-    results = []
-    for chunk in _chunks(steps, [1] * len(steps), 64):
+@dataclass
+class _Place:
+    "A step within its answer."
+    path: list[Step]
+    position: int
+    start: Node  # the end of the prompt
+
+    @property
+    def step(self) -> Step:
+        return self.path[self.position]
+
+    @property
+    def prompt(self) -> int:
+        "Tokens of the prompt."
+        return self.start.depth + len(self.start.ids)
+
+    @property
+    def length(self) -> int:
+        "Tokens up to and with the one that predicts the label."
+        return self.step.context.depth + len(self.step.context.ids)
+
+    def earlier(self, tokens: AnswerTokens) -> list[int]:
+        "Where the first token of each earlier label stands: behind the step's context and the format's lead."
+        lead = lambda step: 0 if step.written == tokens.labels.none else getattr(tokens, step.kind)[0].lead
+        return [_Place(self.path, i, self.start).length + lead(self.path[i]) for i in range(self.position)]
+
+
+def _states(tree, places, tokens, hidden, attention) -> list[dict]:
+    "Hidden states and attention shares of each step, from the token that predicts its label; empty where not asked for."
+    results = [{} for _ in places]
+    wanted = [row for row, place in enumerate(places) if attention or hidden != "first" or place.position == 0]
+    for chunk in _chunks(wanted, [1] * len(wanted), 64):
         mark = tree.mark()
-        contexts = [path[i].context for path, i, _ in chunk]
-        fresh = [[path[i].context] if path[i].logprobs is None else [] for path, i, _ in chunk]
+        contexts = [places[row].step.context for row in chunk]
+        fresh = [[] if places[row].step.logprobs is not None else [context] for row, context in zip(chunk, contexts)]
         nodes = [node for new, context in zip(fresh, contexts) for node in (*new, context.branch())]
-        ends = np.cumsum([len(new) + 1 for new in fresh]) - 1
-        found = tree.compute(nodes, (0,), hidden=hidden, attention=attention)
-        for (path, i, start), row in zip(chunk, ends):
-            earlier = [step.context.depth + len(step.context.ids) for step in path[:i]]
-            state = {"hidden": found.hidden[row]} if hidden else {}
+        found = tree.compute(nodes, (0,), hidden=bool(hidden), attention=attention)
+        for row, end in zip(chunk, np.cumsum([len(new) + 1 for new in fresh]) - 1):
+            place = places[row]
+            if hidden and (hidden != "first" or place.position == 0):
+                results[row]["hidden"] = found.hidden[end].copy()  # a view would keep all of the chunk
             if attention:
-                state["attention"] = _shares(found.attention[row], start.depth + len(start.ids), earlier)
-            results.append(state)
+                results[row]["attention"] = _shares(found.attention[end], place.prompt, place.earlier(tokens))
         tree.rewind(mark)
     return results
 
@@ -496,10 +593,9 @@ def _assemble(task, found, prompt_flags, settings) -> Trace:
                           "flags": [tuple(sorted(mine | more)) for mine, more in zip(flags, prompt_flags)]},
                          pd.Index(task.ids, name="id"))
     rows = [(item, position, step) for item, answer in zip(task.ids, answers) for position, step in enumerate(answer, 1)]
-    columns = ("wrote", "mass", "go", "stop", "flags")
-    steps = pd.DataFrame([(item, position, *(step[c] for c in columns)) for item, position, step in rows],
-                         columns=["example", "step", *columns])
-    stack = lambda name: np.stack([step[name] for *_, step in rows]) if name in rows[0][2] else None
+    steps = pd.DataFrame([(item, position, *(step[c] for c in _STEP_COLUMNS)) for item, position, step in rows],
+                         columns=["example", "step", *_STEP_COLUMNS])
+    stack = lambda name: np.stack([step[name] for *_, step in rows if name in step]) if name in rows[0][2] else None
     return Trace(task.labels, items, steps, stack("values"), settings, stack("hidden"), stack("attention"))
 
 
@@ -530,7 +626,7 @@ def probe_steps(
     chat: bool = False,  # ask in the turns of the model's chat template
     collisions: str = "error",  # "warn": allow labels that share a first token in the first_token reading
     long_text: str = "error",  # "truncate": cut the end of texts that do not fit, and flag them
-    hidden: bool = False,  # keep the hidden states of every layer at each step
+    hidden: bool | str = False,  # keep the hidden states of every layer: True at each step, "first" at step 1 only
     attention: bool = False,  # keep attention shares at each step
     batch_size: int | None = None,  # texts at once; None: by the machine's memory
     no_cache: bool = False,  # the slow twin: every prompt on its own
@@ -542,18 +638,14 @@ def probe_steps(
     labels that the format or the reading cannot tell apart, or demonstrations that cannot be drawn.
     """
     task = _as_task(texts, labels)
-    if not len(task):
-        raise ValueError("there are no texts to probe")
     _check_choice("decoding", decoding, ("free", "guided"))
-    _check_choice("long_text", long_text, ("error", "truncate"))
-    check_texts(task.ids, task.texts)
-    tokens = AnswerTokens(lm, task.labels, fmt, before="" if chat else template.before_answer if template else "\n")
-    reader = StepReader(tokens, reading)
+    _check_choice("reading", reading, ("exact", "first_token"))
+    _check_choice("hidden", hidden, (False, True, "first"))
+    asked = ask_for_lists(lm, task, shots, seed=seed, fmt=fmt, demonstrations=demonstrations, multi_share=multi_share,
+                          template=template, chat=chat, long_text=long_text)
+    tokens, reader = asked.tokens, StepReader(asked.tokens, reading)
     if reading == "first_token":
         _check_collisions(tokens, collisions)
-    shown = _demonstrations(task, shots, seed, multi_share, demonstrations)
-    make = lambda asked: list_prompts(asked, task.labels, shown, task.kind, fmt, template)
-    asked = _encode_prompts(lm, task, make, tokens, chat, long_text)
 
     started, shared = time.time(), common_prefix(asked.rows)
     tree = prompt_tree(lm, asked.rows[0][:shared], no_cache)
@@ -570,5 +662,169 @@ def probe_steps(
             bar.update(len(batch))
     settings = {**_provenance(lm, task, asked.prompts), "shots": len(asked.prompts[0].demonstrations), "seed": seed,
                 "multi_share": multi_share, "decoding": decoding, "reading": reading, "format": tokens.fmt.name, "chat": chat,
-                "batch_size": size, "packed": isinstance(tree, PackedTree), "seconds": round(time.time() - started, 2)}
+                "hidden": hidden, "batch_size": size, "packed": isinstance(tree, PackedTree),
+                "seconds": round(time.time() - started, 2)}
     return _assemble(task, found, asked.flags, settings)
+
+# %% ../nbs/05_probing.ipynb #4f5b73b7
+_PARTS = ("prompt", "generated", "first label tokens")
+
+
+def attention_shares(trace: Trace, by_layer: bool = False) -> pd.DataFrame:
+    """Where the token that predicts label t >= 2 looks: tidy rows example, step, [layer], part, total, per_token.
+
+    `total` is attention mass in [0, 1], averaged over heads (and layers); prompt and generated sum to 1, and "first label
+    tokens" is a part of generated: the first token of each of the t - 1 entries written before. `per_token` is the total
+    divided by the tokens of the part (the paper's Table 6 has it in percent). Layer l is the one that makes hidden state l.
+    Raises `ValueError` for a trace without attention.
+    """
+    if trace.attention is None:
+        raise ValueError("this trace keeps no attention: run probe_steps(..., attention=True)")
+    later = (trace.steps["step"] >= 2).to_numpy()
+    steps, totals = trace.steps[later], trace.attention[later].astype(float)
+    tokens = np.stack([steps["prompt_tokens"], steps["generated_tokens"], steps["step"] - 1], axis=1)
+    totals = totals if by_layer else totals.mean(axis=1, keepdims=True)
+    layers, width = totals.shape[1], len(_PARTS)
+    shares = steps[["example", "step"]].loc[steps.index.repeat(layers * width)].reset_index(drop=True)
+    if by_layer:
+        shares["layer"] = np.tile(np.repeat(np.arange(1, layers + 1), width), len(steps))
+    return shares.assign(part=np.tile(_PARTS, len(steps) * layers), total=totals.ravel(),
+                         per_token=(totals / tokens[:, None]).ravel())
+
+# %% ../nbs/05_probing.ipynb #e2639b63
+class LogisticPerLabel(BaseEstimator):
+    "One logistic regression a label; a label of which the training part has one class only is predicted constant."
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+
+    def fit(self, features, targets):
+        "features (n, d), targets 0/1 (n, L)."
+        self.models_ = [self._model(column).fit(features, column) for column in np.asarray(targets).T]
+        return self
+
+    def _model(self, column):
+        if len(np.unique(column)) == 1:
+            return DummyClassifier(strategy="prior")
+        return LogisticRegression(max_iter=2000, random_state=self.seed)
+
+    def predict_proba(self, features) -> np.ndarray:
+        "(n, L) probability of each label."
+        return np.column_stack([model.predict_proba(features) @ model.classes_ for model in self.models_])
+
+
+def make_probe(
+    width: int,  # of the features
+    seed: int = 0,
+) -> Pipeline:
+    """The paper's linear probe: standardise, truncated SVD to a quarter of the width, one logistic regression a label.
+
+    With fewer training items than that, the SVD has as many components as there are items.
+    """
+    return make_pipeline(StandardScaler(), TruncatedSVD(max(1, width // 4), random_state=seed), LogisticPerLabel(seed))
+
+# %% ../nbs/05_probing.ipynb #eb6ee574
+class HeldOut(NamedTuple):
+    "What was to be predicted and what was, of n held-out items; all three indexed by item id, a column a label."
+    truth: pd.DataFrame  # 0/1 (n, L)
+    prob: pd.DataFrame  # (n, L); of controls and outputs that are sets: 0 and 1
+    predicted: pd.DataFrame  # 0/1 (n, L): prob >= 0.5, or the likeliest label on single-label tasks
+
+
+_FEWEST = 10  # items to fit a probe on
+
+
+def probe_predictions(
+    trace: Trace,  # with hidden states
+    task: AnnotatedTexts,  # that the trace was made from, annotated
+    layers: Sequence[int] | int | str | None = None,  # of 0 (embeddings) to the last, or "last"; None: all
+    test_share: float = 0.3,  # of the texts held out
+    seed: int = 0,  # of the split, the shuffle and the probe
+) -> dict[tuple[int, str, str], HeldOut]:
+    """What linear probes at step 1 predict for held-out texts, by (layer, target, control) (the paper's Figure 7).
+
+    Targets are `Gold`, `Pred` and `Pred 2+`, controls `probe`, `shuffled` and `majority`. What reads no layer stands once,
+    at layer -1: (-1, target, "majority"), and the model's own answers against gold, (-1, "Perf", "outputs"). All share one
+    split, in which texts that are the same fall on the same side. `Pred 2+` is fitted and scored on items with two labels
+    or more, its controls too; where there are fewer than 10 to fit on, or none is held out, its tables are empty.
+
+    Raises `ValueError` for a trace without hidden states, too few texts, an id that the task does not have, or an item
+    without annotations.
+    """
+    numbers = _layer_numbers(trace, layers)
+    targets, held = _probe_targets(trace, task), _held_out(trace, test_share, seed)
+    found = {(-1, name, "majority"): _predict_majority(truth, held) for name, truth in targets.items()}
+    gold, outputs = targets["Gold"][held], targets["Pred"][held]
+    found[-1, "Perf", "outputs"] = HeldOut(gold, outputs.astype(float), outputs)
+    for layer in numbers:
+        states = trace.states(layer)
+        for name, truth in targets.items():
+            found[layer, name, "probe"] = _predict(states, truth, held, task.labels, seed)
+            found[layer, name, "shuffled"] = _predict(states, truth, held, task.labels, seed, shuffled=True)
+    return found
+
+
+def _layer_numbers(trace, layers):
+    if trace.hidden is None:
+        raise ValueError("this trace keeps no hidden states: run probe_steps(..., hidden=True), or hidden='first'")
+    count = trace.hidden.shape[1]
+    if isinstance(layers, str) and layers == "last":
+        return [count - 1]
+    layers = list(range(count) if layers is None else np.atleast_1d(layers).tolist())
+    if unknown := [layer for layer in layers if layer not in range(count)]:
+        raise ValueError(f"there is no layer {unknown[0]!r}: layers go from 0 (embeddings) to {count - 1}, or pass 'last'")
+    return layers
+
+
+def _probe_targets(trace, task) -> dict[str, pd.DataFrame]:
+    "0/1 tables (n, L), indexed by item id; that of `Pred 2+` has the items with two written labels or more."
+    position = {item: i for i, item in enumerate(task.ids)}
+    if unknown := [item for item in trace.items.index if item not in position]:
+        raise ValueError(f"{task.name} has no item {unknown[0]!r}: probe a trace with the task it was made from")
+    gold = task.select([position[item] for item in trace.items.index]).majority()
+    written = trace.items["outcomes"].map(lambda outcomes: [name for name in outcomes if name in task.labels])
+    after = written[written.map(len) >= 2].map(lambda names: task.labels.vector(names[1:]))
+    after = pd.DataFrame(np.reshape(after.tolist(), (-1, len(task.labels))), after.index, list(task.labels))
+    return {"Gold": gold, "Pred": trace.predictions()[list(task.labels)], "Pred 2+": after.astype(np.uint8)}
+
+
+def _held_out(trace, test_share, seed) -> pd.Series:
+    "Which items are held out, by item id; the same text is never on both sides (trap 20)."
+    texts = trace.items["text"].map(text_key)
+    held = pd.Series(False, trace.items.index)
+    if 0 < test_share < 1 and texts.nunique() > 1:
+        split = GroupShuffleSplit(1, test_size=test_share, random_state=seed)
+        held.iloc[next(split.split(texts, groups=texts))[1]] = True
+    if not held.any() or (~held).sum() < _FEWEST:
+        raise ValueError(f"{len(held)} texts with test_share={test_share} leave {(~held).sum()} to fit a probe on and "
+                         f"{held.sum()} to test it with: at least {_FEWEST} and 1 are needed")
+    return held
+
+
+def _sides(truth, held):
+    "The rows to fit on and those held out; both without rows where there are too few to fit on."
+    train, test = truth[~held.loc[truth.index]], truth[held.loc[truth.index]]
+    return (train, test) if len(train) >= _FEWEST else (train[:0], test[:0])
+
+
+def _predict_majority(truth, held) -> HeldOut:
+    "The most frequent label set of the training part, for every held-out item; of ties the first in the order of 0/1 rows."
+    train, test = _sides(truth, held)
+    sets, counts = np.unique(train.to_numpy(), axis=0, return_counts=True)
+    predicted = test.copy()
+    if len(test):
+        predicted[:] = sets[counts.argmax()]
+    return HeldOut(test, predicted.astype(float), predicted)
+
+
+def _predict(states, truth, held, labels, seed, shuffled=False) -> HeldOut:
+    "Fit on the training part, its targets permuted over the items where asked for, and predict the held-out one."
+    train, test = _sides(truth, held)
+    if not len(test):
+        return HeldOut(test, test.astype(float), test)
+    targets = np.random.default_rng(seed).permutation(train.to_numpy()) if shuffled else train.to_numpy()
+    with np.errstate(invalid="ignore"):  # sklearn divides by the variance, 0 where all states are the same (layer 0)
+        probe = make_probe(states.shape[1], seed).fit(states.loc[train.index].to_numpy(), targets)
+    prob = probe.predict_proba(states.loc[test.index].to_numpy())
+    predicted = prob >= 0.5 if labels.is_multi else np.eye(len(labels))[prob.argmax(axis=1)]
+    table = lambda values: pd.DataFrame(values, test.index, test.columns)
+    return HeldOut(test, table(prob), table(predicted.astype(np.uint8)))

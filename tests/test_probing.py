@@ -1,14 +1,16 @@
 """The cached, batched path against its twins, on the tuned model and real texts."""
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from scipy.special import logsumexp
 
 from mlc_notebooks.data import load_task
 from mlc_notebooks.engine import PlainTree, prompt_tree
-from mlc_notebooks.labels import LabelSet
+from mlc_notebooks.labels import LabelSet, parse_answer
 from mlc_notebooks.metrics import BROKEN
 from mlc_notebooks.models import AnswerTokens, load_lm
-from mlc_notebooks.probing import Trace, probe_steps
+from mlc_notebooks.probing import Trace, attention_shares, probe_steps
 from mlc_notebooks.prompts import list_prompts
 
 
@@ -141,3 +143,118 @@ def test_16_bit_is_close(task):
     rough = probe_steps(load_lm(dtype="bfloat16"), task, **ask)
     first = lambda trace: trace.probs[(trace.steps["step"] == 1).to_numpy()]
     assert 1e-5 < np.abs(first(exact) - first(rough)).max() < 0.2
+
+
+@pytest.fixture(scope="module")
+def deep(tuned_lm, task):
+    "Hidden states and attention of the three shortest texts that get several labels."
+    several = probe_steps(tuned_lm, task, shots=0, progress=False).predictions().sum(axis=1) >= 2
+    short = [i for i in sorted(range(len(task)), key=lambda i: len(task.texts[i])) if several.iloc[i]][:3]
+    return probe_steps(tuned_lm, task.select(short), shots=0, hidden=True, attention=True, progress=False)
+
+
+@torch.inference_mode()
+def full_maps(lm, ids):
+    "Attention maps (layers, tokens, tokens), mean over heads: one plain eager pass of one text."
+    lm.model.set_attn_implementation("eager")
+    try:
+        maps = lm.model(torch.tensor([ids]), output_attentions=True).attentions
+    finally:
+        lm.model.set_attn_implementation("sdpa")
+    return torch.stack(maps)[:, 0].mean(1).numpy()
+
+
+def first_tokens(lm, text, starts):
+    "Where the tokens stand that hold these characters of the output."
+    ids = lm.encode_text(text)
+    ends = [len(lm.decode(ids[:count + 1])) for count in range(len(ids))]
+    return [next(i for i, end in enumerate(ends) if end > start) for start in starts]
+
+
+def shares_by_hand(lm, text, output, labels, kind, fmt, shown):
+    "(steps >= 2, layers, 3) totals and (steps >= 2, 3) numbers of tokens, from the full maps."
+    prompt = lm.encode_prompt(list_prompts([text], labels, shown, kind, fmt)[0])
+    entries = parse_answer(output, labels, fmt).entries
+    names = [output.index(entry.text, entry.start) for entry in entries]
+    firsts = [len(prompt) + i for i in first_tokens(lm, output, names)]
+    totals, tokens = [], []
+    for number, entry in enumerate(entries[1:], 1):
+        before = lm.encode_text(output[:entry.start])
+        looks = full_maps(lm, prompt + before)[:, -1]
+        earlier = firsts[:number]
+        totals.append(np.stack([looks[:, :len(prompt)].sum(1), looks[:, len(prompt):].sum(1), looks[:, earlier].sum(1)], 1))
+        tokens.append([len(prompt), len(before), number])
+    return totals, tokens
+
+
+def assert_shares(lm, trace, kind, fmt="json", shown=()):
+    "Attention shares, by layer and over all, equal those of the full maps."
+    totals, tokens = zip(*[shares_by_hand(lm, row.text, row.output, trace.labels, kind, fmt, shown)
+                           for row in trace.items.itertuples()])
+    totals, tokens = np.array(sum(totals, [])), np.array(sum(tokens, []))
+    assert len(totals) >= 2
+    by_layer, over_all = attention_shares(trace, by_layer=True), attention_shares(trace)
+    np.testing.assert_allclose(by_layer["total"].to_numpy().reshape(totals.shape), totals, atol=1e-4)
+    np.testing.assert_allclose(by_layer["per_token"].to_numpy().reshape(totals.shape), totals / tokens[:, None], atol=1e-4)
+    np.testing.assert_allclose(over_all["total"].to_numpy().reshape(tokens.shape), totals.mean(1), atol=1e-4)
+    np.testing.assert_allclose(over_all["per_token"].to_numpy().reshape(tokens.shape), totals.mean(1) / tokens, atol=1e-5)
+    both = by_layer[by_layer["part"] != "first label tokens"].groupby(["example", "step", "layer"])["total"].sum()
+    assert np.abs(both - 1).max() < 1e-5 and len(both) == len(totals) * totals.shape[1]
+
+
+def test_attention_is_that_of_the_full_maps(tuned_lm, task, deep):
+    assert_shares(tuned_lm, deep, task.kind)
+    assert list(attention_shares(deep).columns) == ["example", "step", "part", "total", "per_token"]
+    assert set(attention_shares(deep, by_layer=True)["layer"]) == set(range(1, 31))
+
+
+@pytest.mark.parametrize("decoding", ["free", "guided"])
+def test_first_tokens_are_those_of_the_labels_not_of_the_lead(base_lm, decoding):
+    "Each `the` of a polysyndeton belongs to the format."
+    shown = [("Box 1 has a key and an apple.", ("apple", "red key")), ("Box 3 has a map and a key.", ("map", "red key")),
+             ("Box 2 has a map, an apple and a key.", ("map", "apple", "red key"))]
+    trace = probe_steps(base_lm, ["Box 4 has an apple and a key.", "Box 5 has a map, a key and an apple."], fmt="polysyndeton",
+                        labels=LabelSet(["apple", "map", "red key"], "nothing"), demonstrations=shown, decoding=decoding,
+                        attention=True, progress=False)
+    assert_shares(base_lm, trace, "labels", "polysyndeton", shown)
+
+
+def test_attention_of_one_step_or_of_none():
+    "No step after the first: an empty table with its columns; no attention: an error that says how to get it."
+    items = pd.DataFrame({"text": ["?"]}, pd.Index(["a"], name="id"))
+    steps = pd.DataFrame({"example": ["a"], "step": [1], "prompt_tokens": [4], "generated_tokens": [2]})
+    make = lambda attention: Trace(LabelSet(["joy"]), items, steps, np.zeros((1, 2)), {}, attention=attention)
+    for by_layer, columns in ((False, 5), (True, 6)):
+        assert attention_shares(make(np.ones((1, 2, 3))), by_layer).shape == (0, columns)
+    with pytest.raises(ValueError, match="attention=True"):
+        attention_shares(make(None))
+
+
+def test_hidden_states_of_the_first_step_only(tuned_lm, task, deep):
+    few = task.select([task.ids.index(item) for item in deep.items.index])
+    first = (deep.steps["step"] == 1).to_numpy()
+    for attention in (False, True):
+        lean = probe_steps(tuned_lm, few, shots=0, hidden="first", attention=attention, progress=False)
+        assert lean.hidden.shape == (len(few), 31, 576) and (lean.attention is not None) == attention
+        np.testing.assert_allclose(lean.hidden, deep.hidden[first], atol=1e-2, rtol=1e-3)
+    assert list(lean.states(30).index) == list(deep.states(30).index) == list(few.ids)
+    np.testing.assert_allclose(lean.attention, deep.attention, atol=1e-4)
+    with pytest.raises(ValueError, match="unknown hidden 'last'"):
+        probe_steps(tuned_lm, few, hidden="last", progress=False)
+
+
+def test_states_stay_on_disk_until_they_are_used(deep, tmp_path):
+    again = Trace.load(deep.save(tmp_path))
+    for name in ("hidden", "attention"):
+        assert isinstance(getattr(again, name), np.memmap)
+        np.testing.assert_array_equal(getattr(again, name), getattr(deep, name))
+    pd.testing.assert_frame_equal(again.steps, deep.steps)
+    pd.testing.assert_frame_equal(attention_shares(again), attention_shares(deep))
+    assert again.states(7, step=2).equals(deep.states(7, step=2))
+    assert (deep.frame()["prompt_tokens"] > 20).all() and (deep.frame()["generated_tokens"] > 0).all()
+    once_more = Trace.load(again.save(tmp_path))  # over the files that it is mapped from
+    np.testing.assert_array_equal(once_more.hidden, deep.hidden)
+    plain = Trace(deep.labels, deep.items, deep.steps, deep.logprobs, deep.settings)
+    bare = Trace.load(plain.save(tmp_path))  # and files of an earlier trace do not stay
+    assert bare.hidden is None and bare.attention is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["items.parquet", "trace.json", "trace.parquet"]
