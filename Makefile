@@ -66,6 +66,7 @@ adapter: $(READY)
 
 benchmark: $(READY)
 	$(BIN)/python benchmarks/probe_speed.py
+	$(BIN)/python benchmarks/zero_shot_cost.py
 
 studies: $(READY)
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/studies/*.ipynb

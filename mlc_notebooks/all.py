@@ -12,11 +12,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from . import data, engine, experiments, labels, metrics, models, plots, probing, prompts, study
+from . import (calibration, data, engine, experiments, labels, metrics, models, output_tree, plots, probing, prompts,
+                           study, zero_shot)
 
-for _module in (labels, data, prompts, models, engine, probing, metrics, experiments, plots, study):
+# Named once: functions called like a module (zero_shot) take its place among the names below.
+_MODULES = (labels, data, prompts, models, engine, probing, metrics, experiments, calibration, output_tree, zero_shot, plots, study)
+for _module in _MODULES:
     globals().update({name: getattr(_module, name) for name in _module.__all__})
 
 # %% ../nbs/12_all.ipynb #c011511f
-__all__ = ["np", "pd", "plt", *(name for module in (labels, data, prompts, models, engine, probing, metrics, experiments, plots, study)
-                                for name in module.__all__)]
+__all__ = ["np", "pd", "plt", *(name for module in _MODULES for name in module.__all__)]
