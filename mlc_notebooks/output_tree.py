@@ -55,6 +55,7 @@ class Found:
     marginals: np.ndarray  # (L,) found so far: lower bounds
     missing: float  # probability of the outputs that were not followed to their end
     looks: int  # prefixes at which the model was read
+    estimate: np.ndarray | None = None  # (L,) with a guess at what is missing, between the bounds
 
     @property
     def upper(self) -> np.ndarray:
@@ -74,10 +75,22 @@ def best_first(expand: Expand, texts: int, labels: int, tolerance: float = 0.01,
         wanted = [(text, *heapq.heappop(piles[text])) for text in range(texts)
                   for _ in range(_next_looks(found[text], piles[text], tolerance, most_looks, cutoff, at_once))]
         if not wanted:
-            return found
+            return _guess_missing(found, piles, expand)
         branches = expand([(text, prefix) for text, _, prefix in wanted])
         for (text, reached, prefix), branch in zip(wanted, branches):
             _book(found[text], piles[text], -reached, prefix, branch)
+
+
+def _guess_missing(found, piles, expand) -> list[Found]:
+    "Fill in the estimates: where the search stopped, one more label, in the proportions of step 1 among those not written."
+    for text, (one, pile) in enumerate(zip(found, piles)):
+        one.estimate = one.marginals.copy()
+        first = expand([(text, ())])[0].following[:-1] if pile else None  # was read before
+        for reached, prefix in pile:
+            share = np.where(np.isin(range(len(first)), prefix), 0, first)
+            one.estimate += -reached * share / max(share.sum(), 1e-300)
+        one.estimate = np.minimum(one.estimate, one.upper)
+    return found
 
 
 def _next_looks(found, pile, tolerance, most_looks, cutoff, at_once) -> int:
@@ -203,6 +216,7 @@ class Bounds:
     "Inclusion marginals of many texts, as far as they were followed."
     low: pd.DataFrame  # (n, L): probability found
     high: pd.DataFrame  # (n, L): and what is missing on top, at most 1
+    estimate: pd.DataFrame  # (n, L): and what is missing spread over the labels as step 1 had them
     missing: pd.Series  # (n,) probability of the outputs not followed to their end
     looks: pd.Series  # (n,) prefixes at which the model was read
 
@@ -226,13 +240,13 @@ def inclusion_bounds(
     found = _over_texts(lm, task, work, prior, progress, shots=shots, **asking)
     index, names = pd.Index(task.ids, name="id"), list(task.labels)
     return Bounds(pd.DataFrame([one.marginals for one in found], index, names), pd.DataFrame([one.upper for one in found], index, names),
+                  pd.DataFrame([one.estimate for one in found], index, names),
                   pd.Series([one.missing for one in found], index), pd.Series([one.looks for one in found], index))
 
 
 def inclusion_marginals(lm: LM, task: AnnotatedTexts, shots: int = 10, **options) -> pd.DataFrame:
-    "P(label in the output), (n, L): the middle of `inclusion_bounds`, whose options it takes."
-    bounds = inclusion_bounds(lm, task, shots, **options)
-    return (bounds.low + bounds.high) / 2
+    "P(label in the output), (n, L): the estimate of `inclusion_bounds`, whose options it takes."
+    return inclusion_bounds(lm, task, shots, **options).estimate
 
 
 def sampled_marginals(

@@ -22,7 +22,7 @@ def run(*argv, **options):
 
 def test_help_answers_at_once():
     started = time.time()
-    for command in ("mlc-probe", "mlc-fetch"):
+    for command in ("mlc-probe", "mlc-fetch", "mlc-align"):
         done = run(command, "--help")
         assert done.returncode == 0 and "usage: " + command in done.stdout
     assert "torch" not in done.stdout and time.time() - started < 20
@@ -47,7 +47,29 @@ def test_own_csv_to_report(tmp_path):
     assert "src=\"data:image/png" in page and "http" not in page.split("</style>")[1].split("<h3>Every answer")[0]
     trace = Trace.load(tmp_path / "runs/probe/my")
     assert len(trace) == len(pd.read_csv(MY_CSV)) and trace.settings["model"] == "smollm2-135m-emotions"
+    statistics = pd.read_csv(tmp_path / "runs/probe/my/phenomenon.csv")
+    assert {"spikiness", "next label", "order accuracy"} <= set(statistics["statistic"]) and "six panels" in page
     assert len(pd.read_parquet(tmp_path / "runs/probe/my/trace.parquet")) == len(trace.steps) * len(trace.labels.outcomes)
+
+
+def test_texts_without_labels_get_a_report_too(tmp_path):
+    (tmp_path / "bare.csv").write_text("text\nI love it.\nHow dare you!\n")
+    done = run("mlc-probe", "--file", "bare.csv", "--labels", "joy,anger", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "order accuracy" not in set(pd.read_csv(tmp_path / "runs/probe/bare/phenomenon.csv")["statistic"])
+    done = run("mlc-align", "--file", "bare.csv", "--labels", "joy,anger", cwd=tmp_path)
+    assert done.returncode == 2 and "nobody annotated" in done.stderr
+
+
+def test_own_csv_to_alignment(tmp_path):
+    done = run("mlc-align", "--file", MY_CSV, "--methods", "hard", "max_over_generations", "unary_breakdown", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table, scores = pd.read_csv(tmp_path / "runs/align/table.csv"), pd.read_parquet(tmp_path / "runs/align/scores.parquet")
+    assert {"hard", "max_over_generations", "unary_breakdown", "constant"} <= set(table["method"])
+    assert set(scores["method"]) == {"hard", "max_over_generations", "unary_breakdown"} and (tmp_path / "runs/align/alignment.png").is_file()
+    assert "NLL" in done.stdout and "eps = 1e-08" in done.stdout
+    done = run("mlc-align", "--file", MY_CSV, "--methods", "maximum", cwd=tmp_path)
+    assert done.returncode == 2 and "unknown method 'maximum'" in done.stderr
 
 
 @pytest.mark.parametrize("argv, code, said", [

@@ -51,6 +51,7 @@ def test_bounds_contain_the_marginals_and_missing_is_what_was_not_followed(looks
     assert part.looks == min(looks, exact.looks)
     assert (part.marginals <= exact.marginals + 1e-12).all()
     assert (exact.marginals <= part.upper + 1e-12).all()
+    assert (part.marginals <= part.estimate + 1e-12).all() and (part.estimate <= part.upper + 1e-12).all()
     assert exact.marginals.sum() - part.marginals.sum() >= part.missing - 1e-9  # what is missing writes one label more at least
 
 

@@ -8,7 +8,7 @@ from scipy.special import logsumexp
 from mlc_notebooks.data import load_task
 from mlc_notebooks.engine import PlainTree, prompt_tree
 from mlc_notebooks.labels import LabelSet, parse_answer
-from mlc_notebooks.metrics import BROKEN
+from mlc_notebooks.metrics import BROKEN, phenomenon
 from mlc_notebooks.models import AnswerTokens, load_lm
 from mlc_notebooks.probing import Trace, attention_shares, probe_steps
 from mlc_notebooks.prompts import list_prompts
@@ -258,3 +258,13 @@ def test_states_stay_on_disk_until_they_are_used(deep, tmp_path):
     bare = Trace.load(plain.save(tmp_path))  # and files of an earlier trace do not stay
     assert bare.hidden is None and bare.attention is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["items.parquet", "trace.json", "trace.parquet"]
+
+
+def test_statistics_are_reproducible(tuned_lm):
+    "To the digit with the same batch size; within trap 9's tolerances across batch sizes."
+    multi = load_task("brighter-eng").sample(8, seed=5, kind="multi")
+    first, again, single = (phenomenon(probe_steps(tuned_lm, multi, shots=0, batch_size=size, progress=False), multi) for size in (4, 4, 1))
+    pd.testing.assert_frame_equal(first, again)
+    ratio = first["quantity"] == "ratio"  # of two probabilities: a relative tolerance
+    pd.testing.assert_frame_equal(first[~ratio], single[~ratio], atol=1e-3, rtol=0)
+    pd.testing.assert_frame_equal(first[ratio], single[ratio], rtol=1e-2)
