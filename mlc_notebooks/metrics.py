@@ -144,20 +144,20 @@ def next_labels(trace: Trace) -> pd.DataFrame:
                    "second": probs[at, ranking[at, 1]], "runner_up": open_labels[0] if open_labels else None}
             if not row["last"]:
                 after = probs[at + 1, ranking[at, 1]]
-                row |= _followed(entries[position + 1:], row["runner_up"], ranked[1], dict(zip(outcomes, probs[at])), after)
+                row |= _followed(entries, position + 1, row["runner_up"], ranked[1], dict(zip(outcomes, probs[at])), after)
             rows.append(row)
     columns = ["example", "step", "last", "second", "next_now", "second_after", "runner_up", "runner_up_next",
                "runner_up_never", "second_next", "second_never"]
     return pd.DataFrame(rows, columns=columns).astype({c: float for c in columns[4:] if c != "runner_up"})
 
 
-def _followed(rest, runner_up, second, probs, second_after) -> dict:
-    "What came of the runner-up and of the second outcome, given the entries that follow."
-    is_next = rest[0] == runner_up
-    return {"next_now": probs.get(rest[0], np.nan), "second_after": second_after, "second_next": float(rest[0] == second),
-            "second_never": np.nan if rest[0] == second else float(second not in rest),
-            "runner_up_next": np.nan if runner_up is None else float(is_next),
-            "runner_up_never": np.nan if runner_up is None or is_next else float(runner_up not in rest)}
+def _followed(entries, following, runner_up, second, probs, second_after) -> dict:
+    "What came of the runner-up and of the second outcome; never: nowhere in the answer."
+    came, never = entries[following], lambda outcome: np.nan if outcome == came else float(outcome not in entries)
+    return {"next_now": probs.get(came, np.nan), "second_after": second_after,
+            "second_next": float(came == second), "second_never": never(second),
+            "runner_up_next": np.nan if runner_up is None else float(came == runner_up),
+            "runner_up_never": np.nan if runner_up is None else never(runner_up)}
 
 
 def next_label_shares(trace: Trace, most_steps: int = 4) -> pd.DataFrame:

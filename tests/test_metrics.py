@@ -217,7 +217,8 @@ def test_next_labels(answers):
     assert steps["runner_up"].fillna("").tolist() == ["fear", "anger", "fear", "fear", "", "anger", "anger", "anger", "joy"]
     expected = {"second": [.25, .25, .25, .3, .2, .15, .3, .15, .3], "next_now": [.25, x, .125, .2, x, x, .2, x, x],
                 "second_after": [.5, x, .2, .2, x, x, .15, x, x], "runner_up_next": [1, x, 0, 1, x, x, 0, x, x],
-                "runner_up_never": [x, x, 0, x, x, x, 1, x, x], "second_next": [1, x, 0, 0, x, x, 0, x, x]}
+                "runner_up_never": [x, x, 0, x, x, x, 1, x, x], "second_next": [1, x, 0, 0, x, x, 0, x, x],
+                "second_never": [x, x, 0, 0, x, x, 1, x, x]}  # b2's second stands earlier in the answer
     for name, values in expected.items():
         np.testing.assert_allclose(steps[name], values, err_msg=name)
 
@@ -355,7 +356,7 @@ def test_auroc_is_scikit_learns(few_draws, tied):
 
 def test_phenomenon_holds_every_table(few_draws, answers, gold):
     table = phenomenon(answers, gold)
-    assert list(table.columns) == ["statistic", "at", *INTERVAL]
+    assert list(table.columns) == ["statistic", "at", *INTERVAL, "excluded"]
     parts = [spikiness(answers), sorted_profile(answers), next_label_shares(answers), first_final_agreement(answers),
              rank_histogram(answers), label_order(answers), order_accuracy(answers, gold), first_step_quality(answers, gold)]
     np.testing.assert_allclose(table["value"], pd.concat(parts)["value"])
@@ -405,7 +406,7 @@ def test_degenerate_traces_keep_the_columns(few_draws, trace):
         if trace.labels.is_multi:
             task = make_task(trace.labels, {"a": chosen, "b": chosen})
             assert {"position", *INTERVAL} <= set(order_accuracy(trace, task).columns)
-            assert list(phenomenon(trace, task).columns) == ["statistic", "at", *INTERVAL]
+            assert list(phenomenon(trace, task).columns) == ["statistic", "at", *INTERVAL, "excluded"]
     assert len(step_profile(trace)) == len(next_labels(trace)) == len(trace.steps)
 
 
@@ -491,7 +492,7 @@ def test_rank_statistics_depend_on_ranks_only(few_draws, seed):
     answers, _ = random_answers(seed)
     plain, squared = make_trace(NAMES, answers), make_trace(NAMES, answers)
     squared.logprobs = 2 * plain.logprobs
-    of_rank = ["runner_up_next", "runner_up_never", "second_next", "top_k_match", "order_correlation", "average_precision", "share"]
+    of_rank = ["runner_up_next", "runner_up_never", "second_next", "second_never", "top_k_match", "order_correlation", "average_precision", "share"]
     for table in (next_label_shares, first_final_agreement, rank_histogram):
         before, after = (found[found["quantity"].isin(of_rank)] for found in (table(plain), table(squared)))
         assert len(before)
