@@ -114,7 +114,7 @@ def _book(found, pile, reached, prefix, branch):
 # %% ../nbs/07b_output_tree.ipynb #290b99cd
 def sample_outputs(expand: Expand, texts: int, labels: int, samples: int = 20, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     "Inclusion (texts, L) by counting in drawn outputs, and the Rao-Blackwellised estimate from the same draws, not clipped."
-    rng, seen = np.random.default_rng(seed), {}
+    rng = np.random.default_rng(seed)
     counted, smoothed = np.zeros((2, texts, labels))
     reached = {(text, ()): samples for text in range(texts)}  # how many paths have written this prefix
     going = {key: 1.0 for key in reached}  # p_go there

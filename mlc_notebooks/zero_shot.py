@@ -23,10 +23,9 @@ from scipy.sparse.csgraph import connected_components
 from scipy.special import expit, log_expit, softmax
 from tqdm import tqdm
 
-from .calibration import Platt, content_free_prior, divide_prior, step_prior
+from .calibration import Platt, divide_prior, step_prior
 from .data import AnnotatedTexts
-from .engine import Node, in_batches, prompt_tree
-from .labels import LabelSet
+from .engine import Node, common_prefix, in_batches, prompt_tree
 from .metrics import EPS
 from .models import LM
 from .experiments import reorder_labels
@@ -70,8 +69,8 @@ def _by_item(trace: Trace, values: np.ndarray, reduce: str) -> np.ndarray:
 
 
 def _first(trace: Trace) -> np.ndarray:
-    "Log-probabilities (n, L+1) at step 1."
-    return trace.logprobs[(trace.steps["step"] == 1).to_numpy()]
+    "Log-probabilities (n, L+1) at step 1, in float64."
+    return trace.logprobs[(trace.steps["step"] == 1).to_numpy()].astype(float)
 
 
 @zero_shot_method("trace")
@@ -161,7 +160,7 @@ def ask_questions(lm: LM, prompts: Sequence[Sequence[Prompt]], answers: Sequence
     every = [row for questions in rows for row in questions]
     if max(map(len, every)) + 1 > lm.context_length:
         raise ValueError(f"a question has {max(map(len, every))} tokens, {lm.name} reads {lm.context_length}: lower shots or shorten the text")
-    shared = _shared_start(every)
+    shared = common_prefix(every)
     tree = prompt_tree(lm, every[0][:shared], no_cache)
     found, computed = [None] * len(rows), shared
     with tqdm(total=len(rows), desc=desc, unit="text", disable=not progress) as bar:
@@ -171,13 +170,6 @@ def ask_questions(lm: LM, prompts: Sequence[Sequence[Prompt]], answers: Sequence
             computed += count
             bar.update(len(batch))
     return Answered(found, computed, sum(map(len, every)))
-
-
-def _shared_start(rows) -> int:
-    "How many leading tokens all rows share, at least one token left to each."
-    shortest, longest = min(rows), max(rows)
-    limit = min(map(len, rows)) - 1
-    return next((i for i, (a, b) in enumerate(zip(shortest, longest)) if a != b or i == limit), limit)
 
 
 def _ask_batch(tree, batch, rows, shared, watch):
