@@ -67,7 +67,7 @@ readme-check: $(READY)
 
 # Train the embedded adapter again (log.csv beside it has the minutes that the recorded run took).
 adapter: $(READY)
-	$(BIN)/python -c 'from mlc_notebooks.supervised import train_emotions; train_emotions()'
+	$(BIN)/python -c 'from mlc_notebooks.emotions import train_emotions; train_emotions()'
 
 benchmark: $(READY)
 	$(BIN)/python benchmarks/probe_speed.py

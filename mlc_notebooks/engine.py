@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .models import LM
@@ -322,16 +323,21 @@ def _out_of_memory(error):
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
-def in_batches(work: Callable, positions: Sequence[int], size: int) -> Iterator:
-    "Yield `work(batch)` for batches of positions; a batch that runs out of memory is halved and tried again."
-    waiting = deque(list(positions[i:i + size]) for i in range(0, len(positions), size))
-    while waiting:
-        batch = waiting.popleft()
-        try:
-            result = work(batch)
-        except (MemoryError, RuntimeError) as error:
-            if len(batch) == 1 or not _out_of_memory(error):
-                raise
-            waiting.extendleft([batch[len(batch) // 2:], batch[:len(batch) // 2]])
-            continue
-        yield result
+def in_batches(work: Callable, positions: Sequence[int], size: int, desc: str = "", progress: bool = False) -> list:
+    """What `work(batch)` gives for each position of a batch, for all of `positions` (0 to n - 1 in any order), by position.
+
+    A batch that runs out of memory is halved and tried again.
+    """
+    waiting, found = deque(list(positions[i:i + size]) for i in range(0, len(positions), size)), {}
+    with tqdm(total=len(positions), desc=desc, unit="text", disable=not progress) as bar:
+        while waiting:
+            batch = waiting.popleft()
+            try:
+                found |= zip(batch, work(batch), strict=True)
+            except (MemoryError, RuntimeError) as error:
+                if len(batch) == 1 or not _out_of_memory(error):
+                    raise
+                waiting.extendleft([batch[len(batch) // 2:], batch[:len(batch) // 2]])
+            else:
+                bar.update(len(batch))
+    return [found[i] for i in range(len(positions))]

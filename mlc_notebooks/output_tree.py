@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from scipy.special import softmax
-from tqdm import tqdm
 
 from .data import AnnotatedTexts
 from .engine import Node, batch_size_for, common_prefix, in_batches, prompt_tree
@@ -201,14 +200,8 @@ def _over_texts(lm: LM, task: AnnotatedTexts, work: Callable, prior=None, progre
     tree = prompt_tree(lm, questions.rows[0][:shared])
     by_length = sorted(range(len(task)), key=lambda i: len(questions.rows[i]))
     size = min(8, batch_size_for(lm, 40 * questions.tokens.longest_answer))
-    run = lambda batch: (batch, work(OutputTree(questions, tree, reader, batch, shared, prior).expand, len(batch)))
-    results = [None] * len(task)
-    with tqdm(total=len(task), desc=f"output trees of {task.name}", unit="text", disable=not progress) as bar:
-        for batch, found in in_batches(run, by_length, size):
-            for i, result in zip(batch, found):
-                results[i] = result
-            bar.update(len(batch))
-    return results
+    run = lambda batch: work(OutputTree(questions, tree, reader, batch, shared, prior).expand, len(batch))
+    return in_batches(run, by_length, size, f"output trees of {task.name}", progress)
 
 # %% ../nbs/07b_output_tree.ipynb #ddf55b7f
 @dataclass

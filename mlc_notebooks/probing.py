@@ -32,7 +32,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupShuffleSplit
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
-from tqdm import tqdm
 
 from .data import AnnotatedTexts, text_key
 from .engine import Node, PackedTree, batch_size_for, common_prefix, in_batches, prompt_tree
@@ -653,13 +652,8 @@ def probe_steps(
                "guided": lambda start: guided_decoder(lm, reader, start)}[decoding]
     by_length = sorted(range(len(task)), key=lambda i: len(asked.rows[i]))
     size = batch_size or batch_size_for(lm, len(asked.rows[by_length[-1]]) - shared + tokens.longest_answer)
-    work = lambda batch: (batch, _probe_batch(tree, [asked.rows[i][shared:] for i in batch], reader, decoder, hidden, attention))
-    found = [None] * len(task)
-    with tqdm(total=len(task), desc=f"probing {task.name}", unit="text", disable=not progress) as bar:
-        for batch, answers in in_batches(work, by_length, size):
-            for i, answer in zip(batch, answers):
-                found[i] = answer
-            bar.update(len(batch))
+    work = lambda batch: _probe_batch(tree, [asked.rows[i][shared:] for i in batch], reader, decoder, hidden, attention)
+    found = in_batches(work, by_length, size, f"probing {task.name}", progress)
     settings = {**_provenance(lm, task, asked.prompts), "shots": len(asked.prompts[0].demonstrations), "seed": seed,
                 "multi_share": multi_share, "decoding": decoding, "reading": reading, "format": tokens.fmt.name, "chat": chat,
                 "hidden": hidden, "batch_size": size, "packed": isinstance(tree, PackedTree),

@@ -180,8 +180,8 @@ def _file_labels(given: str | None):
     return [name.strip() for name in given.split(",")]
 
 
-def _tasks(args) -> list:
-    "The texts to probe: a sample of each task, or of the file."
+def _tasks(args, names=("goemotions", "brighter-eng"), size: int = 64, sample: str = "main") -> list:
+    "The texts to ask about: a sample of each task, or of the file; `names`, `size` and `sample` where the command line does not say."
     from mlc_notebooks.data import load_table, load_task
     if args.file and args.task:
         raise ValueError("give --task or --file, not both")
@@ -193,10 +193,9 @@ def _tasks(args) -> list:
                 task.sample(args.n or len(task), args.seed, args.sample or "random")]
     if args.labels:
         raise ValueError("--labels goes with --file; a task has its own labels")
-    names = args.task or ["goemotions", "brighter-eng"]
-    total = args.n or 64
+    names, total = args.task or names, args.n or size
     counts = [total // len(names) + (i < total % len(names)) for i in range(len(names))]
-    return [load_task(name).sample(count, args.seed, args.sample or "main") for name, count in zip(names, counts)]
+    return [load_task(name).sample(count, args.seed, args.sample or sample) for name, count in zip(names, counts)]
 
 
 def run_probe(args: argparse.Namespace) -> Path:
@@ -243,7 +242,7 @@ def _align_parser() -> argparse.ArgumentParser:
   mlc-align --task brighter-eng --methods all      every method; pairs of labels take long
   mlc-align --file my.csv --methods hard max_over_generations unary_breakdown
 An unknown method's name is answered with the list of all.""")
-    _add_texts(parser, sample="random", size="100").add_argument("--task", metavar="NAME", help="a task by name (default: convabuse)")
+    _add_texts(parser, sample="random", size="100").add_argument("--task", nargs=1, metavar="NAME", help="a task by name (default: convabuse)")
     how = _add_asking(parser, model="smollm2-135m-emotions", shots=0)
     how.add_argument("--methods", nargs="+", metavar="NAME", default=["traces"],
                      help="names, 'all', or 'traces' (default): those that cost no more than one answer a text")
@@ -265,9 +264,7 @@ def run_align(args: argparse.Namespace) -> Path:
     "Score, compare and save as the command line says; returns the folder: table.csv, scores.parquet, alignment.png."
     import matplotlib
     matplotlib.use("Agg")
-    args.task, args.n = [args.task or "convabuse"] if not args.file else args.task, args.n or (None if args.file else 100)
-    args.sample = args.sample or "random"
-    task, = _tasks(args)
+    task, = _tasks(args, ["convabuse"], 100, "random")
     if _with_gold(task) is None:
         raise ValueError(f"{task.name} has texts that nobody annotated: there is nothing to compare the model with")
     names = _method_names(args.methods, task)

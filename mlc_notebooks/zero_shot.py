@@ -8,9 +8,9 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/zero_shot.html.md"""
 __all__ = ['METHODS', 'SINGLE_LABEL_METHODS', 'Method', 'zero_shot_method', 'hard', 'compare_to_none', 'max_over_generations',
            'written_probability', 'path_product', 'batch_compare_to_none', 'batch_max_over_generations', 'Answered',
            'ask_questions', 'unary_demonstrations', 'binary_demonstrations', 'unary_breakdown', 'bradley_terry',
-           'pair_strengths', 'binary_breakdown', 'binary_both_orders', 'marginals', 'batch_marginals',
-           'marginals_from_samples', 'depth_first', 'average_label_orders', 'average_demonstrations', 'zero_shot',
-           'methods_for']
+           'PairAnswers', 'ask_pairs', 'binary_breakdown', 'binary_both_orders', 'marginals', 'batch_marginals',
+           'marginals_from_samples', 'depth_first', 'draw_prompt', 'mean_scores', 'average_prompts',
+           'averaged_max_over_generations', 'zero_shot', 'methods_for']
 
 # %% ../nbs/08_zero_shot.ipynb #7828fd1d
 from collections.abc import Callable, Sequence
@@ -21,7 +21,6 @@ import numpy as np
 import pandas as pd
 from scipy.sparse.csgraph import connected_components
 from scipy.special import expit, log_expit, softmax
-from tqdm import tqdm
 
 from .calibration import Platt, divide_prior, step_prior
 from .data import AnnotatedTexts
@@ -162,25 +161,21 @@ def ask_questions(lm: LM, prompts: Sequence[Sequence[Prompt]], answers: Sequence
         raise ValueError(f"a question has {max(map(len, every))} tokens, {lm.name} reads {lm.context_length}: lower shots or shorten the text")
     shared = common_prefix(every)
     tree = prompt_tree(lm, every[0][:shared], no_cache)
-    found, computed = [None] * len(rows), shared
-    with tqdm(total=len(rows), desc=desc, unit="text", disable=not progress) as bar:
-        for batch, results, count in in_batches(lambda b: _ask_batch(tree, b, rows, shared, watch), range(len(rows)), 4):
-            for i, result in zip(batch, results):
-                found[i] = result
-            computed += count
-            bar.update(len(batch))
-    return Answered(found, computed, sum(map(len, every)))
+    found = in_batches(lambda batch: _ask_batch(tree, [rows[i] for i in batch], shared, watch), range(len(rows)), 4, desc, progress)
+    return Answered([logprobs for logprobs, _ in found], shared + sum(count for _, count in found), sum(map(len, every)))
 
 
-def _ask_batch(tree, batch, rows, shared, watch):
-    "Answers to all questions of a few texts, and how many tokens were computed."
+def _ask_batch(tree, texts, shared, watch):
+    "For each of a few texts, given by the rows of its questions: the answers, and how many tokens were computed."
     tree.rewind()
-    nodes, leaves = [], []
-    for i in batch:
-        leaves.append(_grow_trie(tree.root, [tuple(row[shared:]) for row in rows[i]], nodes))
+    nodes, leaves, counts = [], [], []
+    for rows in texts:
+        before = len(nodes)
+        leaves.append(_grow_trie(tree.root, [tuple(row[shared:]) for row in rows], nodes))
+        counts.append(sum(len(node.ids) for node in nodes[before:]))
     logprobs = tree.compute(nodes, watch).logprobs
     where = {id(node): position for position, node in enumerate(nodes)}
-    return batch, [logprobs[[where[id(leaf)] for leaf in mine]] for mine in leaves], sum(len(node.ids) for node in nodes)
+    return [(logprobs[[where[id(leaf)] for leaf in mine]], count) for mine, count in zip(leaves, counts)]
 
 
 def _grow_trie(parent: Node, rows: Sequence[tuple], nodes: list) -> list[Node]:
@@ -245,12 +240,12 @@ def unary_breakdown(lm: LM, task: AnnotatedTexts, shots: int = 10, seed: int = 0
     values = np.stack([softmax(rows.astype(float), axis=1)[:, 0] for rows in asked.logprobs])
     if not task.labels.is_multi:
         values = values / values.sum(1, keepdims=True)
-    return _with_cost(values, task, asked)
+    return _with_cost(values, task.ids, asked, task.labels)
 
 
-def _with_cost(values, task, asked, columns=None) -> pd.DataFrame:
+def _with_cost(values, ids, asked, columns) -> pd.DataFrame:
     "A table that carries what it cost: tokens computed, and tokens of all prompts."
-    scores = pd.DataFrame(values, pd.Index(task.ids, name="id"), list(columns or task.labels))
+    scores = pd.DataFrame(values, pd.Index(ids, name="id"), list(columns))
     scores.attrs["tokens"], scores.attrs["prompt_tokens"] = asked.tokens, asked.prompt_tokens
     return scores
 
@@ -316,18 +311,28 @@ def _halve_steps(strengths, step, wins, ridge):
     return proposed
 
 # %% ../nbs/08_zero_shot.ipynb #da0c97f7
-def pair_strengths(
-    lm: LM,
-    task: AnnotatedTexts,
-    shots: int = 10,
-    seed: int = 0,
-    both_orders: bool = False,  # ask each pair in both orders and average, against position bias
-    soft: bool = True,  # False: each answer counts as a whole win
-    ridge: float = 0.01,
-    progress: bool = True,
-    no_cache: bool = False,
-) -> pd.DataFrame:
-    "Bradley-Terry strengths (n, outcomes) of the answers to all pairs of outcomes, centred in each row."
+@dataclass
+class PairAnswers:
+    "What a model answered to `which fits better?`, asked of pairs of outcomes."
+    first_wins: np.ndarray  # (n, pairs) probability of the one named first
+    pairs: list[tuple[int, int]]  # positions of the outcomes, in the order named
+    outcomes: tuple[str, ...]
+    ids: tuple
+    asked: Answered
+
+    def strengths(self, both_orders: bool = True, soft: bool = True, ridge: float = 0.01) -> pd.DataFrame:
+        """Bradley-Terry strengths (n, outcomes), centred in each row; from the first order only, if not `both_orders`.
+
+        soft: probabilities as shares of a win; False: each answer counts as a whole win.
+        """
+        kept = [i for i, (a, b) in enumerate(self.pairs) if both_orders or a < b]
+        wins = _wins(self.first_wins[:, kept], [self.pairs[i] for i in kept], len(self.outcomes), soft)
+        return _with_cost(bradley_terry(wins, ridge), self.ids, self.asked, self.outcomes)
+
+
+def ask_pairs(lm: LM, task: AnnotatedTexts, shots: int = 10, seed: int = 0, both_orders: bool = True, progress: bool = True,
+              no_cache: bool = False) -> PairAnswers:
+    "Ask which of two outcomes fits better, of all pairs of labels and `none`; both ways round, or the earlier one first."
     check_texts(task.ids, task.texts)
     shown, outcomes = _shots_of(task, shots, seed, binary_demonstrations), task.labels.outcomes
     pairs = list(combinations(range(len(outcomes)), 2))
@@ -335,18 +340,19 @@ def pair_strengths(
     prompts = [binary_prompts(text, [(outcomes[a], outcomes[b]) for a, b in pairs], shown, task.kind) for text in task.texts]
     asked = ask_questions(lm, prompts, ("a", "b"), progress, "binary breakdown", no_cache)
     first_wins = np.stack([softmax(rows.astype(float), axis=1)[:, 0] for rows in asked.logprobs])
-    return _with_cost(bradley_terry(_wins(first_wins, pairs, len(outcomes), soft), ridge), task, asked, outcomes)
+    return PairAnswers(first_wins, pairs, tuple(outcomes), tuple(task.ids), asked)
 
 
 @zero_shot_method("model")
-def binary_breakdown(lm: LM, task: AnnotatedTexts, shots: int = 10, seed: int = 0, platt: Platt | None = None, **options) -> pd.DataFrame:
+def binary_breakdown(lm: LM, task: AnnotatedTexts, shots: int = 10, seed: int = 0, platt: Platt | None = None, both_orders: bool = False,
+                     soft: bool = True, ridge: float = 0.01, answers: PairAnswers | None = None, **asking) -> pd.DataFrame:
     """sigmoid of a label's Bradley-Terry strength less that of none, asked pair by pair.
 
-    With a `Platt` fitted on these differences, its sigmoid; the softmax of the strengths on single-label tasks. Options are
-    those of `pair_strengths`.
+    With a `Platt` fitted on these differences, its sigmoid; the softmax of the strengths on single-label tasks. `answers`
+    of `ask_pairs` are used instead of asking again; `soft` and `ridge` are those of `PairAnswers.strengths`.
     """
-    strengths = pair_strengths(lm, task, shots, seed, **options)
-    labels = list(task.labels)
+    answers = answers or ask_pairs(lm, task, shots, seed, both_orders, **asking)
+    strengths, labels = answers.strengths(both_orders, soft, ridge), list(task.labels)
     if not task.labels.is_multi:
         scores = pd.DataFrame(softmax(strengths.to_numpy(), axis=1), strengths.index, labels)
     else:
@@ -399,25 +405,42 @@ def depth_first(lm: LM, task: AnnotatedTexts, shots: int = 10, seed: int = 0, cu
     return inclusion_bounds(lm, task, shots, tolerance=0, most_looks=None, cutoff=cutoff, seed=seed, progress=progress).low
 
 # %% ../nbs/08_zero_shot.ipynb #ee7beb8c
-def average_label_orders(lm: LM, task: AnnotatedTexts, method: str = "max_over_generations", orders: int = 4, seed: int = 0, shots: int = 10,
-                         **options) -> pd.DataFrame:
-    "Mean marginals over random orders of the labels; `.attrs['variance']` is the mean variance over orders."
-    rng = np.random.default_rng(seed)
-    turned = [reorder_labels(task, rng.permutation(list(task.labels)).tolist()) for _ in range(orders)]
-    return _mean_scores([zero_shot(lm, one, [method], shots, seed, **options)[method] for one in turned], task)
+def draw_prompt(task: AnnotatedTexts, seed: int) -> AnnotatedTexts:
+    "The task with its labels in a random order; seed 0 leaves them as they are."
+    return reorder_labels(task, np.random.default_rng(seed).permutation(list(task.labels)).tolist()) if seed else task
 
 
-def average_demonstrations(lm: LM, task: AnnotatedTexts, method: str = "max_over_generations", seeds: Sequence[int] = (0, 1, 2, 3),
-                           shots: int = 10, **options) -> pd.DataFrame:
-    "Mean marginals over draws of demonstrations; `.attrs['variance']` is the mean variance over draws."
-    return _mean_scores([zero_shot(lm, task, [method], shots, seed, **options)[method] for seed in seeds], task)
-
-
-def _mean_scores(tables, task) -> pd.DataFrame:
-    values = np.stack([table.loc[list(task.ids), list(task.labels)].to_numpy() for table in tables])
-    scores = pd.DataFrame(values.mean(0), pd.Index(task.ids, name="id"), list(task.labels))
+def mean_scores(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    "Mean of marginals (n, L) of the same items, rows and columns as in the first; `.attrs['variance']` is the mean variance over tables."
+    values = np.stack([table.loc[tables[0].index, tables[0].columns].to_numpy() for table in tables])
+    scores = pd.DataFrame(values.mean(0), tables[0].index, tables[0].columns)
     scores.attrs["variance"] = float(values.var(0, ddof=1).mean()) if len(values) > 1 else 0.0
     return scores
+
+
+def average_prompts(
+    lm: LM,
+    task: AnnotatedTexts,
+    method: str = "max_over_generations",
+    seeds: Sequence[int] = (0, 1, 2, 3),
+    shots: int = 10,
+    label_orders: bool = True,  # each seed lists the labels in an order of its own (0: as they are)
+    demonstrations: bool = True,  # each seed draws demonstrations of its own
+    **options,  # of `zero_shot`
+) -> pd.DataFrame:
+    "Mean marginals (n, L) of a method over prompts; `.attrs['variance']` is the mean variance over them."
+    if not len(seeds):
+        raise ValueError("there is no seed to average over: give at least one")
+    runs = [zero_shot(lm, draw_prompt(task, seed) if label_orders else task, [method], shots, seed if demonstrations else seeds[0], **options)
+            for seed in seeds]
+    scores = mean_scores([run[method] for run in runs])
+    return scores[list(task.labels)]
+
+
+@zero_shot_method("model", "max_over_generations, averaged")
+def averaged_max_over_generations(lm: LM, task: AnnotatedTexts, shots: int = 10, seed: int = 0, progress: bool = True) -> pd.DataFrame:
+    "Max-over-generations averaged over 4 prompts: other demonstrations, labels in another order."
+    return average_prompts(lm, task, seeds=range(seed, seed + 4), shots=shots, progress=progress)
 
 # %% ../nbs/08_zero_shot.ipynb #114c4195
 def zero_shot(

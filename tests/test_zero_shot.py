@@ -9,9 +9,9 @@ from mlc_notebooks.data import AnnotatedTexts, load_task
 from mlc_notebooks.labels import LabelSet
 from mlc_notebooks.probing import Trace, probe_steps
 from mlc_notebooks.prompts import binary_prompts
-from mlc_notebooks.zero_shot import (METHODS, ask_questions, binary_breakdown, binary_demonstrations, bradley_terry, compare_to_none, hard,
-                                     max_over_generations, path_product, unary_breakdown, unary_demonstrations, written_probability,
-                                     zero_shot)
+from mlc_notebooks.zero_shot import (METHODS, ask_pairs, ask_questions, binary_breakdown, binary_demonstrations, bradley_terry,
+                                     compare_to_none, hard, max_over_generations, path_product, unary_breakdown, unary_demonstrations,
+                                     written_probability, zero_shot)
 
 LABELS = LabelSet(["joy", "fear", "anger"])
 
@@ -165,3 +165,11 @@ def test_rivals_by_hand():
     trace = made_trace([("joy", [0.5, 0.25, 0.125, 0.125]), ("fear", [0.1, 0.7, 0.1, 0.1])])
     assert written_probability(trace).iloc[0].tolist() == pytest.approx([0.5, 0.7, 0])
     assert path_product(trace).iloc[0].tolist() == pytest.approx([0.5, 0.5 * 0.5 * 0.7, 0])  # p_go is one half
+
+
+def test_answers_to_pairs_serve_one_order_and_both(tuned_lm, task):
+    few = task.select(range(2))
+    answers = ask_pairs(tuned_lm, few, shots=0, progress=False)
+    for both in (False, True):
+        asked_again = binary_breakdown(tuned_lm, few, shots=0, both_orders=both, progress=False)
+        pd.testing.assert_frame_equal(binary_breakdown(tuned_lm, few, both_orders=both, answers=answers), asked_again, atol=1e-4)
