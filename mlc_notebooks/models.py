@@ -324,26 +324,38 @@ def load_lm(
     device: str = "auto",  # "cpu", "cuda", ...; auto: a GPU where there is one
     trust_remote_code: bool = False,  # run Python code that comes with the model
 ) -> LM:
-    """Load a causal language model. Raises `FileNotFoundError` for a folder that is none or lacks a tokenizer, `OSError`
-    for a name that is neither embedded, nor a folder, nor at hand on the hub, `ValueError` for an unknown dtype."""
+    """Load a causal language model; a folder with a LoRA adapter (peft) is merged into the model that it names.
+
+    Raises `FileNotFoundError` for a folder that is none or lacks a tokenizer, `OSError` for a name that is neither embedded,
+    nor a folder, nor at hand on the hub, `ValueError` for an unknown dtype.
+    """
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"unknown dtype {dtype!r}: use 'float32', 'bfloat16' or 'float16'")
-    name, base = str(name), ADAPTERS.get(str(name), str(name))
-    source = _model_source(base)
+    name = str(name)
+    if adapter := _adapter(name):
+        lm = load_lm(adapter[0], device=device, trust_remote_code=trust_remote_code)  # added in float32
+        merge_adapter(lm.model, adapter[1])
+        return LM(name, lm.model.to(getattr(torch, dtype)).eval(), lm.tokenizer)
+    source = _model_source(name)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {"trust_remote_code": trust_remote_code}
     try:
         with _quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            loaded_as = torch.float32 if name in ADAPTERS else getattr(torch, dtype)  # an adapter is added in float32
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=loaded_as, use_safetensors=True, **options)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True, **options)
     except OSError as error:
         raise OSError(f"cannot load {name!r}: it is none of {sorted([*WHEEL_MODELS, *ADAPTERS])}, no model folder with "
                       f"safetensors, and no hub id that can be reached ({str(error).splitlines()[0]})") from None
+    return LM(name, model.to(device).eval(), tokenizer)
+
+
+def _adapter(name: str) -> tuple[str, Path] | None:
+    "The model that an adapter belongs to, and the adapter's folder; None for what is no adapter."
     if name in ADAPTERS:
-        merge_adapter(model, adapter_folder(name))
-    return LM(name, model.to(device, getattr(torch, dtype)).eval(), tokenizer)
+        return ADAPTERS[name], adapter_folder(name)
+    config = Path(name).expanduser() / "adapter_config.json"
+    return (json.loads(config.read_text())["base_model_name_or_path"], config.parent) if config.is_file() else None
 
 
 def _model_source(name: str) -> str | Path:
