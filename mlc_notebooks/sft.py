@@ -32,7 +32,7 @@ from .data import AnnotatedTexts
 from .experiments import reorder_labels
 from .labels import FORMATS, LabelSet
 from .models import LM, load_lm
-from .prompts import list_prompts
+from .prompts import _quiet_transformers, list_prompts
 from .supervised import training_data
 from .zero_shot import zero_shot
 
@@ -205,10 +205,19 @@ def _claim(out: Path, identity: dict) -> bool:
     return False
 
 
-def _newest_checkpoint(folder: Path) -> str | None:
-    "The last checkpoint that was written to its end."
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+def _newest_state(checkpoints: Path) -> dict | None:
+    "The Trainer's state at the last checkpoint that was written to its end (the state comes last)."
+    whole = [path for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    newest = max(whole, key=lambda path: int(path.parent.name.split("-")[1]), default=None)
+    return newest and json.loads(newest.read_text())
+
+
+def _load_weights(model, checkpoint: Path):
+    if hasattr(model, "peft_config"):
+        from peft import set_peft_model_state_dict
+        set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
+    else:
+        model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)  # tied weights stand there once
 
 
 def _trainable(lm: LM, settings: TuningSettings, start):
@@ -250,13 +259,15 @@ def fine_tune(
     _keep_freed_memory()
     torch.manual_seed(settings.seed)
     trainer = _trainer(_trainable(lm, settings, start), train, dev, out, settings, lm.tokenizer.eos_token_id, progress)
-    if checkpoint := _newest_checkpoint(out / "checkpoints"):
-        history = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["log_history"]
-        trainer.minutes_before = history[-1].get("minutes", 0.0)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    log = _log_table(trainer.state.log_history)
+    state = _newest_state(out / "checkpoints")
+    if not (state and state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]):
+        trainer.minutes_before = state["log_history"][-1]["minutes"] if state else 0.0
+        trainer.train(resume_from_checkpoint=state and str(out / "checkpoints" / f"checkpoint-{state['global_step']}"))
+        state = _newest_state(out / "checkpoints")
+    kept = state["global_step"] if settings.patience is None else state["best_global_step"]
+    _load_weights(trainer.model, out / "checkpoints" / f"checkpoint-{kept}")
     _save_tuned(trainer.model, lm, out)
-    log.round(4).to_csv(out / "log.csv", index=False)
+    _log_table(state["log_history"]).round(4).to_csv(out / "log.csv", index=False)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return pd.read_csv(out / "log.csv")
 
@@ -266,13 +277,13 @@ def _trainer(model, train, dev, out, settings, pad, progress):
     steps = -(-len(ordered) // settings.batch_size)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=settings.rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.rate, total_steps=steps, pct_start=0.05)
     arguments = TrainingArguments(
-        str(out / "checkpoints"), per_device_train_batch_size=settings.batch_size, num_train_epochs=1, train_sampling_strategy="sequential",
-        eval_strategy="steps", eval_steps=settings.dev_every, save_steps=settings.dev_every, logging_steps=settings.dev_every, save_total_limit=1,
-        load_best_model_at_end=settings.patience is not None, metric_for_best_model="eval_loss", greater_is_better=False, max_grad_norm=1.0,
+        str(out / "checkpoints"), per_device_train_batch_size=settings.batch_size, num_train_epochs=1, lr_scheduler_type="cosine", warmup_steps=-(-steps // 20), train_sampling_strategy="sequential",
+        eval_strategy="steps", eval_steps=settings.dev_every, save_steps=settings.dev_every, logging_steps=settings.dev_every, save_total_limit=2,
+        load_best_model_at_end=settings.patience is not None, metric_for_best_model="eval_loss", greater_is_better=False,
+        restore_callback_states_from_checkpoint=True, max_grad_norm=1.0,
         seed=settings.seed, remove_unused_columns=False, disable_tqdm=True, report_to="none", use_cpu=model.device.type == "cpu")
-    trainer = _AnswerTrainer(pad, model=model, args=arguments, train_dataset=ordered, eval_dataset=list(dev), optimizers=(optimizer, schedule),
+    trainer = _AnswerTrainer(pad, model=model, args=arguments, train_dataset=ordered, eval_dataset=list(dev), optimizers=(optimizer, None),
                              data_collator=lambda batch: {"examples": batch})
     trainer.remove_callback(PrinterCallback)
     if settings.patience is not None:
@@ -285,8 +296,9 @@ def _trainer(model, train, dev, out, settings, pad, progress):
 def _save_tuned(model, lm: LM, out: Path):
     "An adapter in bfloat16 with the name of the model it belongs to; or the whole model with its tokenizer."
     if not hasattr(model, "peft_config"):
-        model.save_pretrained(out)
-        lm.tokenizer.save_pretrained(out)
+        with _quiet_transformers():
+            model.save_pretrained(out)
+            lm.tokenizer.save_pretrained(out)
         return
     with tempfile.TemporaryDirectory() as scratch:
         model.save_pretrained(scratch)

@@ -77,10 +77,13 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("rank", [4, None])
-def test_a_stopped_run_ends_like_one_that_was_not(tiny, examples, tmp_path, monkeypatch, rank):
-    settings = TuningSettings(r=rank, batch_size=4, dev_every=2, learning_rate=1e-2)
-    run = lambda folder: fine_tune(load_lm(tiny), examples * 2, examples[:4], folder, settings, progress=False)
+@pytest.mark.parametrize("settings", [
+    TuningSettings(r=4, batch_size=4, dev_every=2, learning_rate=1e-2),
+    TuningSettings(r=None, batch_size=4, dev_every=2, learning_rate=1e-2),
+    TuningSettings(r=None, batch_size=2, dev_every=2, learning_rate=0.05, patience=2)])  # the dev loss soon rises
+def test_a_stopped_run_ends_like_one_that_was_not(tiny, examples, tmp_path, monkeypatch, settings):
+    times = 2 if settings.patience is None else 4
+    run = lambda folder: fine_tune(load_lm(tiny), examples * times, examples[:4], folder, settings, progress=False)
     whole = run(tmp_path / "whole")
 
     inner, calls = sft.answer_loss, []
@@ -95,13 +98,21 @@ def test_a_stopped_run_ends_like_one_that_was_not(tiny, examples, tmp_path, monk
     monkeypatch.undo()
     assert (tmp_path / "stopped" / "checkpoints" / "checkpoint-4").exists()
     (tmp_path / "stopped" / "checkpoints" / "checkpoint-6").mkdir()  # one that was being written
+
+    def stop_before_saving(*args):
+        raise Stop
+    monkeypatch.setattr(sft, "_save_tuned", stop_before_saving)
+    with pytest.raises(Stop):
+        run(tmp_path / "stopped")
+    monkeypatch.undo()
     resumed = run(tmp_path / "stopped")
 
-    name = "adapter_model.safetensors" if rank else "model.safetensors"
+    name = "adapter_model.safetensors" if settings.r else "model.safetensors"
     first, second = (load_file(tmp_path / folder / name) for folder in ("whole", "stopped"))
     assert all(torch.equal(first[key], second[key]) for key in first)
     columns = ["step", "train_loss", "dev_loss"]
     np.testing.assert_array_equal(whole[columns], resumed[columns])
+    assert whole["step"].max() < 40 or settings.patience is None
     assert not (tmp_path / "stopped" / "checkpoints").exists()
     assert (resumed["minutes"].diff().dropna() >= 0).all()
 

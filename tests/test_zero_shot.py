@@ -7,11 +7,12 @@ from scipy.special import expit, log_expit
 
 from mlc_notebooks.data import AnnotatedTexts, load_task
 from mlc_notebooks.labels import LabelSet
+from mlc_notebooks.metrics import compare_methods
 from mlc_notebooks.probing import Trace, probe_steps
 from mlc_notebooks.prompts import binary_prompts
-from mlc_notebooks.zero_shot import (METHODS, ask_pairs, ask_questions, binary_breakdown, binary_demonstrations, bradley_terry,
-                                     compare_to_none, hard, max_over_generations, path_product, unary_breakdown, unary_demonstrations,
-                                     written_probability, zero_shot)
+from mlc_notebooks.zero_shot import (METHODS, ask_pairs, ask_questions, average_prompts, binary_breakdown, binary_demonstrations,
+                                     bradley_terry, compare_to_none, hard, max_over_generations, mean_scores, path_product,
+                                     unary_breakdown, unary_demonstrations, written_probability, zero_shot)
 
 LABELS = LabelSet(["joy", "fear", "anger"])
 
@@ -173,3 +174,27 @@ def test_answers_to_pairs_serve_one_order_and_both(tuned_lm, task):
     for both in (False, True):
         asked_again = binary_breakdown(tuned_lm, few, shots=0, both_orders=both, progress=False)
         pd.testing.assert_frame_equal(binary_breakdown(tuned_lm, few, both_orders=both, answers=answers), asked_again, atol=1e-4)
+
+
+def test_mean_of_prompts_by_hand():
+    first = pd.DataFrame([[0.2, 0.8]], ["a"], ["joy", "fear"])
+    second = pd.DataFrame([[0.4, 0.6]], ["a"], ["fear", "joy"])  # labels in another order
+    mean = mean_scores([first, second])
+    np.testing.assert_allclose(mean.to_numpy(), [[0.4, 0.6]])
+    assert mean.attrs["variance"] == pytest.approx((0.08 + 0.08) / 2)  # of (.2, .6) and of (.8, .4), n - 1
+    assert mean_scores([first]).attrs["variance"] == 0
+
+
+def test_averaging_prompts(tuned_lm, task):
+    few = task.select(range(3))
+    single = zero_shot(tuned_lm, few, ["max_over_generations"], shots=0, progress=False)["max_over_generations"]
+    pd.testing.assert_frame_equal(average_prompts(tuned_lm, few, shots=0, seeds=[0], progress=False), single)
+    each = [average_prompts(tuned_lm, few, shots=0, seeds=[seed], progress=False) for seed in (0, 1)]
+    both = average_prompts(tuned_lm, few, shots=0, seeds=[0, 1], progress=False)
+    np.testing.assert_allclose(both, (each[0] + each[1]) / 2)
+    assert both.attrs["variance"] > 0
+    loss = lambda scores: compare_methods({"uniform": scores * 0 + 0.5, "scores": scores}, few, "uniform").set_index(["method", "metric"])["difference"]
+    for metric in ("NLL", "L1", "Brier"):  # convex in p
+        assert loss(both)["scores", metric] <= np.mean([loss(one)["scores", metric] for one in each]) + 1e-9
+    with pytest.raises(ValueError, match="at least one"):
+        average_prompts(tuned_lm, few, seeds=[])
