@@ -26,7 +26,6 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .data import AnnotatedTexts
 from .experiments import reorder_labels
@@ -137,42 +136,47 @@ def in_similar_lengths(examples: Sequence[Example], size: int, seed: int) -> lis
     return [example for batch in ordered for example in batch]
 
 
-class _AnswerTrainer(Trainer):
-    "A Trainer with our loss, its dev loss in nats per answer token, and minutes in its log."
-    def __init__(self, pad: int, **options):
-        self.pad, self.started, self.minutes_before = pad, time(), 0.0
-        super().__init__(**options)
+def _trainer_classes():
+    "A Trainer with our loss, and its bar; made here, because importing the library's Trainer takes seconds and brings peft."
+    from transformers import Trainer, TrainerCallback
 
-    @property
-    def bare(self):
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+    class AnswerTrainer(Trainer):
+        "A Trainer with our loss, its dev loss in nats per answer token, and minutes in its log."
+        def __init__(self, pad: int, **options):
+            self.pad, self.started, self.minutes_before = pad, time(), 0.0
+            super().__init__(**options)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        total, count = answer_loss(self.bare, inputs["examples"], self.pad)
-        if not torch.isfinite(total):
-            raise FloatingPointError(f"the loss became {float(total.detach())} at step {self.state.global_step + 1}: lower the learning rate")
-        return total / count
+        @property
+        def bare(self):
+            return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
-    def evaluate(self, *args, **options):
-        self.model.eval()
-        metrics = {"eval_loss": mean_answer_loss(self.bare, self.eval_dataset, self.pad)}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            total, count = answer_loss(self.bare, inputs["examples"], self.pad)
+            if not torch.isfinite(total):
+                raise FloatingPointError(f"the loss became {float(total.detach())} at step {self.state.global_step + 1}: lower the learning rate")
+            return total / count
 
-    def log(self, logs, start_time=None):
-        super().log({**logs, "minutes": self.minutes_before + (time() - self.started) / 60})
+        def evaluate(self, *args, **options):
+            self.model.eval()
+            metrics = {"eval_loss": mean_answer_loss(self.bare, self.eval_dataset, self.pad)}
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
 
+        def log(self, logs, start_time=None):
+            super().log({**logs, "minutes": self.minutes_before + (time() - self.started) / 60})
 
-class _Bar(TrainerCallback):
-    def on_train_begin(self, args, state, control, **rest):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="tuning", unit="step")
+    class Bar(TrainerCallback):
+        def on_train_begin(self, args, state, control, **rest):
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="tuning", unit="step")
 
-    def on_step_end(self, args, state, control, **rest):
-        self.bar.update()
+        def on_step_end(self, args, state, control, **rest):
+            self.bar.update()
 
-    def on_train_end(self, args, state, control, **rest):
-        self.bar.close()
+        def on_train_end(self, args, state, control, **rest):
+            self.bar.close()
+
+    return AnswerTrainer, Bar
 
 
 def _log_table(history) -> pd.DataFrame:
@@ -273,23 +277,26 @@ def fine_tune(
 
 
 def _trainer(model, train, dev, out, settings, pad, progress):
+    from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
     ordered = in_similar_lengths(train, settings.batch_size, settings.seed)
     steps = -(-len(ordered) // settings.batch_size)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=settings.rate, weight_decay=0.0)
     arguments = TrainingArguments(
-        str(out / "checkpoints"), per_device_train_batch_size=settings.batch_size, num_train_epochs=1, lr_scheduler_type="cosine", warmup_steps=-(-steps // 20), train_sampling_strategy="sequential",
+        str(out / "checkpoints"), per_device_train_batch_size=settings.batch_size, num_train_epochs=1,
+        lr_scheduler_type="cosine", warmup_steps=-(-steps // 20), train_sampling_strategy="sequential",
         eval_strategy="steps", eval_steps=settings.dev_every, save_steps=settings.dev_every, logging_steps=settings.dev_every, save_total_limit=2,
         load_best_model_at_end=settings.patience is not None, metric_for_best_model="eval_loss", greater_is_better=False,
         restore_callback_states_from_checkpoint=True, max_grad_norm=1.0,
         seed=settings.seed, remove_unused_columns=False, disable_tqdm=True, report_to="none", use_cpu=model.device.type == "cpu")
-    trainer = _AnswerTrainer(pad, model=model, args=arguments, train_dataset=ordered, eval_dataset=list(dev), optimizers=(optimizer, None),
+    AnswerTrainer, Bar = _trainer_classes()
+    trainer = AnswerTrainer(pad, model=model, args=arguments, train_dataset=ordered, eval_dataset=list(dev), optimizers=(optimizer, None),
                              data_collator=lambda batch: {"examples": batch})
     trainer.remove_callback(PrinterCallback)
     if settings.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(settings.patience))
     if progress:
-        trainer.add_callback(_Bar)
+        trainer.add_callback(Bar)
     return trainer
 
 
