@@ -161,7 +161,10 @@ def ask_questions(lm: LM, prompts: Sequence[Sequence[Prompt]], answers: Sequence
         raise ValueError(f"a question has {max(map(len, every))} tokens, {lm.name} reads {lm.context_length}: lower shots or shorten the text")
     shared = common_prefix(every)
     tree = prompt_tree(lm, every[0][:shared], no_cache)
-    found = in_batches(lambda batch: _ask_batch(tree, [rows[i] for i in batch], shared, watch), range(len(rows)), 4, desc, progress)
+    trie = []
+    _grow_trie(tree.root, [tuple(row[shared:]) for row in rows[0]], trie)
+    size = max(1, 1024 // sum(len(node.ids) for node in trie))  # more texts at once would read past each other's tokens
+    found = in_batches(lambda batch: _ask_batch(tree, [rows[i] for i in batch], shared, watch), range(len(rows)), size, desc, progress)
     return Answered([logprobs for logprobs, _ in found], shared + sum(count for _, count in found), sum(map(len, every)))
 
 
