@@ -11,7 +11,8 @@ from mlc_notebooks import sft
 from mlc_notebooks.data import AnnotatedTexts, load_task
 from mlc_notebooks.labels import LabelSet
 from mlc_notebooks.models import load_lm
-from mlc_notebooks.sft import SFT, TuningSettings, answer_loss, fine_tune, fit_sft, in_similar_lengths, list_examples, mean_answer_loss, sft_example
+from mlc_notebooks.sft import (SFT, TuningSettings, answer_loss, fine_tune, fit_sft, in_similar_lengths, list_examples, mean_answer_loss,
+                               sft_example)
 
 LABELS = LabelSet(["joy", "fear", "anger"])
 
@@ -140,7 +141,8 @@ def test_early_stopping_goes_back_to_the_lowest_dev_loss(tiny, examples, tmp_pat
 
 def test_a_diverging_loss_says_so(tiny, examples, tmp_path):
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
-        fine_tune(load_lm(tiny), examples * 3, examples[:2], tmp_path, TuningSettings(r=None, learning_rate=1e30, batch_size=4), progress=False)
+        settings = TuningSettings(r=None, learning_rate=1e30, batch_size=4)
+        fine_tune(load_lm(tiny), examples * 3, examples[:2], tmp_path, settings, progress=False)
 
 
 def test_bad_input_is_met_before_work(tiny, examples, tmp_path):
@@ -162,7 +164,8 @@ def test_fit_sft_learns_no_text_of_another_split(tiny, tmp_path):
     leaked = [text.upper() for text in test.texts]
     poisoned = AnnotatedTexts("goemotions", [*train.ids, "x", "y", "z"], [*train.texts, *leaked], task.labels,
                               [*train.annotations, *test.annotations], kind=task.kind, splits=task.splits)
-    model = fit_sft(poisoned, load_lm(tiny), tmp_path, TuningSettings(r=2, dev_every=5, batch_size=8), label_order="shuffled", epochs=2, progress=False)
+    settings = TuningSettings(r=2, dev_every=5, batch_size=8)
+    model = fit_sft(poisoned, load_lm(tiny), tmp_path, settings, label_order="shuffled", epochs=2, progress=False)
     about = json.loads((tmp_path / "sft.json").read_text())
     assert about["texts"] == 12 and json.loads((tmp_path / "settings.json").read_text())["examples"] == 24
     again = SFT.load(tmp_path)
