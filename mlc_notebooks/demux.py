@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from .data import AnnotatedTexts, text_key
 from .labels import LabelSet
-from .models import _quiet_transformers
-from .prompts import check_texts
+from .prompts import _quiet_transformers, check_texts
+from .sft import keep_freed_memory, newest_state, training_is_over
 from .supervised import without_other_splits
 
 # %% ../nbs/09b_demux.ipynb #fb10d080
@@ -278,38 +278,23 @@ def _fingerprint(module):
 # %% ../nbs/09b_demux.ipynb #42e8a088
 def _run(model, rows, dev_rows, out, progress):
     "Train in `out`, or go on there, and leave nothing but the finished model."
-    last = _last_checkpoint(out)
-    if last or (out / "model.safetensors").is_file():
+    state = newest_state(out)
+    if state or (out / "model.safetensors").is_file():
         _check_settings(out, model.settings)
     if (out / "model.safetensors").is_file():
         return Demux.load(out)
     out.mkdir(parents=True, exist_ok=True)
     _write_json(out / "settings.json", model.settings)
-    if last is None or not _stopped(last):
-        _trainer(model, rows, dev_rows, out, progress).train(resume_from_checkpoint=last and str(last))
-        last = _last_checkpoint(out)
-    state = _state(last)
+    if not (state and training_is_over(state)):
+        keep_freed_memory()
+        _trainer(model, rows, dev_rows, out, progress).train(resume_from_checkpoint=state and str(out / f"checkpoint-{state['global_step']}"))
+        state = newest_state(out)
     model.load_state_dict(load_file(out / f"checkpoint-{state['best_global_step']}" / "model.safetensors"))
     model.log = _log(state["log_history"])
     model.eval().save(out)
     for folder in out.glob("checkpoint-*"):
         shutil.rmtree(folder)
     return model
-
-
-def _last_checkpoint(out):
-    "The newest checkpoint that was written to the end (its state comes last), or None."
-    whole = [folder for folder in out.glob("checkpoint-*") if (folder / "trainer_state.json").is_file()]
-    return max(whole, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), default=None)
-
-
-def _state(checkpoint):
-    return json.loads((checkpoint / "trainer_state.json").read_text())
-
-
-def _stopped(checkpoint):
-    "Were all epochs over, or was the run stopped early?"
-    return _state(checkpoint)["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
 
 
 def _check_settings(out, settings):

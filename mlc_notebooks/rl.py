@@ -28,7 +28,7 @@ from .data import AnnotatedTexts
 from .labels import FORMATS, LabelSet, list_is_over, parse_answer
 from .models import LM, load_lm
 from .prompts import check_texts, list_prompts
-from .sft import LINEAR_LAYERS, _claim, _keep_freed_memory, _save_tuned
+from .sft import LINEAR_LAYERS, claim_run, keep_freed_memory, save_tuned
 from .supervised import training_data
 
 # %% ../nbs/09d_rl.ipynb #f4d6015b
@@ -262,11 +262,11 @@ def fit_rl(
     identity = {**settings, "model": lm.name, "weights": lm.fingerprint["weights"], "task": task.name,
                 "sha256": sha256(repr(shown).encode()).hexdigest()[:16]}
     out, batches = Path(out), _batches(lm, task, steps, texts, seed)
-    if not _claim(out, identity):
-        _keep_freed_memory()
+    if not claim_run(out, identity):
+        keep_freed_memory()
         checkpoint = out / "checkpoint.safetensors"
         tuned, log = _tune(lm, task.labels, batches, checkpoint, group, learning_rate, beta, r, alpha, seed, progress)
-        _save_tuned(tuned, lm, out)
+        save_tuned(tuned, lm, out)
         log.round(6).to_csv(out / "log.csv", index=False)
         checkpoint.unlink(missing_ok=True)
     return Policy(load_lm(out, lm.dtype, str(lm.device)), pd.read_csv(out / "log.csv"))

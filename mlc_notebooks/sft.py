@@ -6,7 +6,8 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/sft.html.md"""
 
 # %% auto #0
 __all__ = ['ORDERS_TAUGHT', 'LINEAR_LAYERS', 'Example', 'sft_example', 'list_examples', 'answer_loss', 'mean_answer_loss',
-           'TuningSettings', 'in_similar_lengths', 'fine_tune', 'SFT', 'fit_sft']
+           'TuningSettings', 'in_similar_lengths', 'keep_freed_memory', 'claim_run', 'newest_state', 'training_is_over',
+           'fine_tune', 'save_tuned', 'SFT', 'fit_sft']
 
 # %% ../nbs/09c_sft.ipynb #7fc10708
 import contextlib
@@ -186,7 +187,7 @@ def _log_table(history) -> pd.DataFrame:
     return rows.rename(columns={"loss": "train_loss", "eval_loss": "dev_loss"})
 
 # %% ../nbs/09c_sft.ipynb #dc8be6b2
-def _keep_freed_memory():
+def keep_freed_memory():
     "Tell glibc not to hand memory back to the kernel after each step, which can take half of the time; elsewhere nothing."
     if sys.platform == "linux":
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
@@ -194,7 +195,7 @@ def _keep_freed_memory():
                 ctypes.CDLL("libc.so.6").mallopt(option, value)
 
 
-def _claim(out: Path, identity: dict) -> bool:
+def claim_run(out: Path, identity: dict) -> bool:
     "Begin or go on with the run `identity` in `out`; True if it is finished. Raises `ValueError` where another run began there."
     path = out / "settings.json"
     if path.exists():
@@ -209,11 +210,16 @@ def _claim(out: Path, identity: dict) -> bool:
     return False
 
 
-def _newest_state(checkpoints: Path) -> dict | None:
+def newest_state(checkpoints: Path) -> dict | None:
     "The Trainer's state at the last checkpoint that was written to its end (the state comes last)."
     whole = [path for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
     newest = max(whole, key=lambda path: int(path.parent.name.split("-")[1]), default=None)
     return newest and json.loads(newest.read_text())
+
+
+def training_is_over(state: dict) -> bool:
+    "Had the Trainer done its last step, or stopped early, at this checkpoint?"
+    return state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
 
 
 def _load_weights(model, checkpoint: Path):
@@ -258,19 +264,19 @@ def fine_tune(
     out = Path(out)
     identity = {**asdict(settings), "learning_rate": settings.rate, "model": lm.name, "start": start and str(start), "examples": len(train),
                 "tokens": sum(len(e.ids) for e in train), "dev_examples": len(dev), "sha256": sha256(repr((train, dev)).encode()).hexdigest()[:16]}
-    if _claim(out, identity):
+    if claim_run(out, identity):
         return pd.read_csv(out / "log.csv")
-    _keep_freed_memory()
+    keep_freed_memory()
     torch.manual_seed(settings.seed)
     trainer = _trainer(_trainable(lm, settings, start), train, dev, out, settings, lm.tokenizer.eos_token_id, progress)
-    state = _newest_state(out / "checkpoints")
-    if not (state and state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]):
+    state = newest_state(out / "checkpoints")
+    if not (state and training_is_over(state)):
         trainer.minutes_before = state["log_history"][-1]["minutes"] if state else 0.0
         trainer.train(resume_from_checkpoint=state and str(out / "checkpoints" / f"checkpoint-{state['global_step']}"))
-        state = _newest_state(out / "checkpoints")
+        state = newest_state(out / "checkpoints")
     kept = state["global_step"] if settings.patience is None else state["best_global_step"]
     _load_weights(trainer.model, out / "checkpoints" / f"checkpoint-{kept}")
-    _save_tuned(trainer.model, lm, out)
+    save_tuned(trainer.model, lm, out)
     _log_table(state["log_history"]).round(4).to_csv(out / "log.csv", index=False)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return pd.read_csv(out / "log.csv")
@@ -300,7 +306,7 @@ def _trainer(model, train, dev, out, settings, pad, progress):
     return trainer
 
 
-def _save_tuned(model, lm: LM, out: Path):
+def save_tuned(model, lm: LM, out: Path):
     "An adapter in bfloat16 with the name of the model it belongs to; or the whole model with its tokenizer."
     if not hasattr(model, "peft_config"):
         with _quiet_transformers():

@@ -102,7 +102,7 @@ def test_a_stopped_run_ends_like_one_that_was_not(tiny, examples, tmp_path, monk
 
     def stop_before_saving(*args):
         raise Stop
-    monkeypatch.setattr(sft, "_save_tuned", stop_before_saving)
+    monkeypatch.setattr(sft, "save_tuned", stop_before_saving)
     with pytest.raises(Stop):
         run(tmp_path / "stopped")
     monkeypatch.undo()
