@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from .data import AnnotatedTexts
+from .data import AnnotatedTexts, text_key
 from .experiments import reorder_labels
 from .labels import FORMATS, LabelSet
 from .models import LM, load_lm
@@ -212,8 +212,7 @@ def claim_run(out: Path, identity: dict) -> bool:
 
 def newest_state(checkpoints: Path) -> dict | None:
     "The Trainer's state at the last checkpoint that was written to its end (the state comes last)."
-    whole = [path for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
-    newest = max(whole, key=lambda path: int(path.parent.name.split("-")[1]), default=None)
+    newest = max(checkpoints.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.split("-")[1]), default=None)
     return newest and json.loads(newest.read_text())
 
 
@@ -359,6 +358,8 @@ def fit_sft(
     if dev is None:
         raise ValueError(f"{task.name} has no dev split to measure the loss on: pass dev=")
     dev = dev.sample(min(200, len(dev)), seed=0)
+    held_out = {text_key(text) for text in dev.texts}
+    task = task.select([i for i, text in enumerate(task.texts) if text_key(text) not in held_out])
     train = [example for epoch in range(epochs) for example in list_examples(lm, task, label_order, settings.seed + epoch)]
     log = fine_tune(lm, train, list_examples(lm, dev, label_order), out, settings, progress=progress)
     about = {"label_order": label_order, "labels": list(task.labels), "task": task.name, "texts": len(task), "epochs": epochs}

@@ -174,3 +174,9 @@ def test_fit_sft_learns_no_text_of_another_split(tiny, tmp_path):
         scores = model.predict(few, name, progress=False)
         assert list(scores.columns) == list(task.labels) and ((scores >= 0) & (scores <= 1)).all(axis=None)
     np.testing.assert_allclose(again.predict(few, progress=False), model.predict(few, progress=False))
+
+
+def test_texts_that_measure_the_loss_are_not_learned(tiny, tmp_path):
+    train = load_task("goemotions").split("train").sample(12, seed=0)
+    fit_sft(train, load_lm(tiny), tmp_path, TuningSettings(r=2, dev_every=5, batch_size=8), dev=train.select(range(4)), progress=False)
+    assert json.loads((tmp_path / "sft.json").read_text())["texts"] == 8
