@@ -210,7 +210,7 @@ def fit_demux(
     learning_rate: float = 3e-4,  # for MiniLM; encoders of BERT's size and larger want 2e-5 to 5e-5
     batch_size: int = 16,
     epochs: int = 3,  # at most
-    patience: int = 1,  # stop after so many epochs without a lower dev loss
+    patience: int = 1,  # stop after so many epochs without a lower cross-entropy on dev
     warmup: float = 0.1,  # share of the steps
     max_tokens: int = 256,  # of question and text together
     seed: int = 0,
@@ -321,7 +321,8 @@ def _trainer(model, rows, dev_rows, out, progress):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             targets, present = inputs.pop("targets"), inputs.pop("present")
             logits = model(**inputs)
-            loss = demux_loss(logits, targets, present, settings["alpha"], multi)
+            alpha = settings["alpha"] if model.training else 0.0  # epochs are judged by the cross-entropy: R grows with exp of the logits
+            loss = demux_loss(logits, targets, present, alpha, multi)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the loss became {loss.item()} at step {self.state.global_step + 1}: lower the learning rate "
                                          f"({settings['learning_rate']:g})")

@@ -372,6 +372,11 @@ class Form:
     lead: int = 0  # how many of the ids belong to the format's lead
 
 
+def _rest(ids, mark):
+    "What is missing of `mark` if `ids` is a beginning of it and not all, else None."
+    return list(mark[len(ids):]) if len(ids) < len(mark) and tuple(mark[:len(ids)]) == ids else None
+
+
 class AnswerTokens:
     """What an answer format and a label set look like to a tokenizer.
 
@@ -386,6 +391,7 @@ class AnswerTokens:
         self.opening = self._encode(opening) if opening else []
         written = opening + self.fmt.item(labels.names[0], labels.none)
         self.separator = self._continue(written, self.fmt.separator)
+        self.closing = self._continue(written, self.fmt.closing)
         self.first = self._forms(opening, self.fmt.first_spaces)
         self.later = self._forms(written + self.fmt.separator, self.fmt.later_spaces)
         ends = lm.end_ids if self.fmt.end_stops else []
@@ -413,6 +419,29 @@ class AnswerTokens:
                     ids = tuple(head + self._continue(before + (space + lead if lead else ""), gap + self.fmt.escape(spelling)))
                     forms[ids] = Form(position, ids, len(head))
         return list(forms.values())
+
+    def continuation(self, ids: Sequence[int]) -> list[int]:
+        """What a list that begins with `ids` goes on with, as far as the format says: the rest of the opening, of a separator,
+        or of a label that has begun, and behind a label the end of the list. Empty where that is open."""
+        ids = tuple(ids)
+        rest = _rest(ids, self.opening)
+        if rest is not None:
+            return rest
+        at, forms = len(self.opening), self.first
+        while ids[:len(self.opening)] == tuple(self.opening):
+            here = ids[at:]
+            longer = [form.ids[len(here):] for form in forms if form.ids[:len(here)] == here and len(form.ids) > len(here)]
+            whole = [form.ids for form in forms if here[:len(form.ids)] == form.ids]
+            if longer or not whole:
+                return [*longer[0], *self.closing] if len(longer) == 1 and not whole and here else []
+            at += max(map(len, whole))
+            if not ids[at:]:
+                return list(self.closing)
+            rests = [rest for mark in (self.closing, self.separator) if (rest := _rest(ids[at:], mark))]
+            if rests or ids[at:at + len(self.separator)] != tuple(self.separator):
+                return rests[0] if rests else []
+            at, forms = at + len(self.separator), self.later
+        return []
 
     def collisions(self) -> list[tuple[str, str]]:
         "Pairs of outcomes that share a first token, which the `first_token` reading cannot tell apart (trap 5)."

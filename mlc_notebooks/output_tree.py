@@ -20,7 +20,7 @@ from scipy.special import softmax
 from .data import AnnotatedTexts
 from .engine import Node, batch_size_for, common_prefix, in_batches, prompt_tree
 from .models import LM
-from .probing import ListQuestions, StepReader, ask_for_lists
+from .probing import ListQuestions, StepReader, ask_for_lists, compute_groups, in_chunks
 
 # %% ../nbs/07b_output_tree.ipynb #f2b6a832
 Prefix = tuple[int, ...]  # positions of the labels written, in order
@@ -153,8 +153,9 @@ class OutputTree:
             for key in fresh:
                 self._place(*key)
             here = self.tree.compute([self.contexts[key] for key in fresh], self.reader.watch).logprobs
-            for key, logprobs in zip(fresh, here):
-                self.branches[key] = self._look(key, logprobs)
+            sizes = [len(self.reader.tries[_kind(prefix)].tokens) + len(self.tokens.labels) for _, prefix in fresh]
+            for chunk in in_chunks(list(zip(fresh, here)), sizes, 1024):
+                self.branches |= self._look(chunk)
         return [self.branches[key] for key in wanted]
 
     def _place(self, text, prefix):
@@ -162,28 +163,42 @@ class OutputTree:
         if not prefix:
             self.contexts[text, prefix] = Node(self.starts[text], self.tokens.opening)
         else:
-            parent, kind = self.contexts[text, prefix[:-1]], "later" if len(prefix) > 1 else "first"
-            form = self.spelt[kind][prefix[-1]]
+            parent, form = self.contexts[text, prefix[:-1]], self.spelt[_kind(prefix[:-1])][prefix[-1]]
             self.contexts[text, prefix] = Node(parent, [*form.ids, *self.tokens.separator])
 
-    def _look(self, key, logprobs) -> Branch:
-        "Read the spellings below a prefix and, behind each label's usual one, whether the list goes on."
-        kind, context = "later" if key[1] else "first", self.contexts[key]
-        trie, mark = self.reader.tries[kind], self.tree.mark()
-        nodes = trie.grow(context)
-        ends = [trie.position[self.spelt[kind][label].ids] for label in range(len(self.tokens.labels))]
-        bare = [] if self.tokens.bare is None else [Node(nodes[end], [self.tokens.bare]) for end in ends]
-        seen = self.tree.compute(nodes + bare, self.reader.watch).logprobs
+    def _look(self, chunk) -> dict[tuple[int, Prefix], Branch]:
+        "Read the spellings below some prefixes and, behind each label's usual one, whether the list goes on."
+        mark, tries = self.tree.mark(), []
+        for (text, prefix), _ in chunk:
+            nodes = self.reader.tries[_kind(prefix)].grow(self.contexts[text, prefix])
+            bare = [] if self.tokens.bare is None else [Node(nodes[end], [self.tokens.bare]) for end in self._ends(prefix)]
+            tries.append(nodes + bare)
+        seen = compute_groups(self.tree, tries, self.reader.watch)
         self.tree.rewind(mark)
-        values, _ = self.reader(kind, logprobs, seen[:len(nodes)])
-        behind = seen[len(nodes):] if bare else [None] * len(ends)
-        go = [self._p_go(seen[end], quote) for end, quote in zip(ends, behind)]
-        prior = None if self.prior is None else self.prior[min(len(key[1]), len(self.prior) - 1)]
-        return Branch.read(values, np.array(go), key[1], prior)
+        return {key: self._branch(key[1], here, below) for (key, here), below in zip(chunk, seen)}
+
+    def _ends(self, prefix) -> list[int]:
+        "Where each label's usual spelling ends in the trie below a prefix."
+        trie, spelt = self.reader.tries[_kind(prefix)], self.spelt[_kind(prefix)]
+        return [trie.position[spelt[label].ids] for label in range(len(self.tokens.labels))]
+
+    def _branch(self, prefix, here, below) -> Branch:
+        "From watched log-probabilities at a prefix and below it: the trie's nodes, then the bare quotes."
+        ends, size = self._ends(prefix), len(self.reader.tries[_kind(prefix)].tokens)
+        values, _ = self.reader(_kind(prefix), here, below[:size])
+        behind = below[size:] if len(below) > size else [None] * len(ends)
+        go = [self._p_go(below[end], quote) for end, quote in zip(ends, behind)]
+        prior = None if self.prior is None else self.prior[min(len(prefix), len(self.prior) - 1)]
+        return Branch.read(values, np.array(go), prefix, prior)
 
     def _p_go(self, after, behind_bare) -> float:
         masses = self.reader.stop_masses(after, behind_bare)
         return masses["go"] / (masses["go"] + masses["stop"])
+
+
+def _kind(prefix: Prefix) -> str:
+    "Which spellings follow a prefix."
+    return "later" if prefix else "first"
 
 
 def _canonical(forms):

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from .data import AnnotatedTexts, text_key
+from .engine import common_prefix, packs
 from .experiments import reorder_labels
 from .labels import FORMATS, LabelSet
 from .models import LM, load_lm
@@ -83,27 +84,54 @@ def list_examples(lm: LM, task: AnnotatedTexts, label_order: str = "alphabetical
     return examples
 
 # %% ../nbs/09c_sft.ipynb #a2474752
-def answer_loss(model, batch: Sequence[Example], pad: int) -> tuple[torch.Tensor, int]:
-    "Summed cross-entropy (nats) of the answers' tokens, and their number; logits are computed for those only."
+def _padded(batch, pad):
+    "A row an example: the model's inputs, and per token its target (or -100) and the place (row, column) that predicts it."
     width = max(len(e.ids) for e in batch)
-    ids = torch.full((len(batch), width), pad)
-    seen, target = torch.zeros_like(ids), torch.full_like(ids, -100)
+    ids, target = torch.full((len(batch), width), pad), torch.full((len(batch), width), -100)
+    seen = torch.zeros_like(ids)
     for row, example in enumerate(batch):
         length = len(example.ids)
         ids[row, :length], seen[row, :length] = torch.tensor(example.ids), 1
         target[row, :length] = torch.where(torch.tensor(example.scored), ids[row, :length], -100)
-    with torch.autocast(model.device.type, torch.bfloat16):
-        hidden = model.get_decoder()(input_ids=ids, attention_mask=seen, use_cache=False).last_hidden_state
-        scored = target[:, 1:] != -100
-        logits = model.get_output_embeddings()(hidden[:, :-1][scored]).float()
-    return torch.nn.functional.cross_entropy(logits, target[:, 1:][scored], reduction="sum"), int(scored.sum())
+    return {"input_ids": ids, "attention_mask": seen}, target, (torch.arange(width) - 1).expand(len(batch), -1)
+
+
+def _packed(batch):
+    "The same in one row: the tokens that all examples begin with stand once, and no example sees another's."
+    shared = min(common_prefix([e.ids for e in batch]), *(e.scored.index(True) for e in batch))
+    ids, target, position, before = list(batch[0].ids[:shared]), [-100] * shared, list(range(shared)), list(range(-1, shared - 1))
+    owner = [-1] * shared
+    for number, example in enumerate(batch):
+        before += [shared - 1, *range(len(ids), len(ids) + len(example.ids) - shared - 1)]
+        ids += example.ids[shared:]
+        target += [i if scored else -100 for i, scored in zip(example.ids[shared:], example.scored[shared:])]
+        position += range(shared, len(example.ids))
+        owner += [number] * (len(example.ids) - shared)
+    owner, row = torch.tensor(owner), lambda values: torch.tensor(values)[None]
+    visible = ((owner[:, None] == owner) | (owner == -1)).tril()
+    mask = torch.zeros(visible.shape).masked_fill_(~visible, torch.finfo(torch.float32).min)
+    return {"input_ids": row(ids), "position_ids": row(position), "attention_mask": mask[None, None]}, row(target), row(before)
+
+
+def answer_loss(model, batch: Sequence[Example], pad: int, packed: bool = False) -> tuple[torch.Tensor, int]:
+    """Summed cross-entropy (nats) of the answers' tokens, and their number; logits are computed for those only.
+
+    packed: all examples in one row of tokens, for models that take a mask of their own (`engine.packs`) and see all tokens.
+    """
+    inputs, target, before = _packed(batch) if packed else _padded(batch, pad)
+    device, scored = model.device, target != -100
+    with torch.autocast(device.type, torch.bfloat16):
+        hidden = model.get_decoder()(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False).last_hidden_state
+        rows = torch.arange(len(target))[:, None].expand_as(target)
+        logits = model.get_output_embeddings()(hidden[rows[scored], before[scored]]).float()
+    return torch.nn.functional.cross_entropy(logits, target[scored].to(device), reduction="sum"), int(scored.sum())
 
 
 @torch.no_grad()
-def mean_answer_loss(model, examples: Sequence[Example], pad: int) -> float:
+def mean_answer_loss(model, examples: Sequence[Example], pad: int, packed: bool = False) -> float:
     "Nats per answer token."
-    losses = [answer_loss(model, examples[i:i + 16], pad) for i in range(0, len(examples), 16)]
-    return sum(float(loss) for loss, _ in losses) / sum(count for _, count in losses)
+    losses = [answer_loss(model, examples[i:i + 16], pad, packed) for i in range(0, len(examples), 16)]
+    return sum(float(loss.detach()) for loss, _ in losses) / sum(count for _, count in losses)
 
 # %% ../nbs/09c_sft.ipynb #1bdb1458
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -143,8 +171,8 @@ def _trainer_classes():
 
     class AnswerTrainer(Trainer):
         "A Trainer with our loss, its dev loss in nats per answer token, and minutes in its log."
-        def __init__(self, pad: int, **options):
-            self.pad, self.started, self.minutes_before = pad, time(), 0.0
+        def __init__(self, pad: int, packed: bool, **options):
+            self.pad, self.packed, self.started, self.minutes_before = pad, packed, time(), 0.0
             super().__init__(**options)
 
         @property
@@ -152,14 +180,14 @@ def _trainer_classes():
             return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            total, count = answer_loss(self.bare, inputs["examples"], self.pad)
+            total, count = answer_loss(self.bare, inputs["examples"], self.pad, self.packed)
             if not torch.isfinite(total):
                 raise FloatingPointError(f"the loss became {float(total.detach())} at step {self.state.global_step + 1}: lower the learning rate")
             return total / count
 
         def evaluate(self, *args, **options):
             self.model.eval()
-            metrics = {"eval_loss": mean_answer_loss(self.bare, self.eval_dataset, self.pad)}
+            metrics = {"eval_loss": mean_answer_loss(self.bare, self.eval_dataset, self.pad, self.packed)}
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
@@ -267,7 +295,8 @@ def fine_tune(
         return pd.read_csv(out / "log.csv")
     keep_freed_memory()
     torch.manual_seed(settings.seed)
-    trainer = _trainer(_trainable(lm, settings, start), train, dev, out, settings, lm.tokenizer.eos_token_id, progress)
+    packed = packs(lm) and not getattr(lm.model.config.get_text_config(), "sliding_window", None)
+    trainer = _trainer(_trainable(lm, settings, start), train, dev, out, settings, lm.tokenizer.eos_token_id, packed, progress)
     state = newest_state(out / "checkpoints")
     if not (state and training_is_over(state)):
         trainer.minutes_before = state["log_history"][-1]["minutes"] if state else 0.0
@@ -281,12 +310,12 @@ def fine_tune(
     return pd.read_csv(out / "log.csv")
 
 
-def _trainer(model, train, dev, out, settings, pad, progress):
+def _trainer(model, train, dev, out, settings, pad, packed, progress):
     from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
     ordered = in_similar_lengths(train, settings.batch_size, settings.seed)
     steps = -(-len(ordered) // settings.batch_size)
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=settings.rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, lr=settings.rate, weight_decay=0.0, fused=True)  # one pass over the weights
     arguments = TrainingArguments(
         str(out / "checkpoints"), per_device_train_batch_size=settings.batch_size, num_train_epochs=1,
         lr_scheduler_type="cosine", warmup_steps=-(-steps // 20), train_sampling_strategy="sequential",
@@ -295,7 +324,7 @@ def _trainer(model, train, dev, out, settings, pad, progress):
         restore_callback_states_from_checkpoint=True, max_grad_norm=1.0,
         seed=settings.seed, remove_unused_columns=False, disable_tqdm=True, report_to="none", use_cpu=model.device.type == "cpu")
     AnswerTrainer, Bar = _trainer_classes()
-    trainer = AnswerTrainer(pad, model=model, args=arguments, train_dataset=ordered, eval_dataset=list(dev), optimizers=(optimizer, None),
+    trainer = AnswerTrainer(pad, packed, model=model, args=arguments, train_dataset=ordered, eval_dataset=list(dev), optimizers=(optimizer, None),
                              data_collator=lambda batch: {"examples": batch})
     trainer.remove_callback(PrinterCallback)
     if settings.patience is not None:
