@@ -3,12 +3,17 @@
 How to search longer than CI does is said in conftest.py.
 """
 import json
+from itertools import combinations, permutations
 
+import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from mlc_notebooks.engine import Node, PackedTree, PlainTree, common_prefix, packs
 from mlc_notebooks.labels import FORMATS, LabelSet, list_is_over, parse_answer, surface_forms
+from mlc_notebooks.models import AnswerTokens, Form
+from mlc_notebooks.probing import FormTrie
 from mlc_notebooks.prompts import binary_prompts, check_texts, fold_lines, list_prompts, unary_prompts
 
 
@@ -173,3 +178,113 @@ def test_a_text_that_no_model_can_read_is_named(base_lm, before, broken, after):
     else:
         with pytest.raises(ValueError, match="item 'mine'"):
             check_texts(["mine"], [text])
+
+
+spelled_sets = formats.flatmap(lambda fmt: st.tuples(st.just(fmt), label_sets(fmt=fmt)))
+
+
+def decode(lm, ids):
+    return lm.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+@examples(40)
+@given(spelled_sets, st.sampled_from(["\n", "", " "]))
+def test_the_forms_are_the_spellings(base_lm, spelled, before):
+    fmt, labels = FORMATS[spelled[0]], spelled[1]
+    tokens = AnswerTokens(base_lm, labels, fmt, before)
+    assert decode(base_lm, tokens.opening) == before + fmt.opening and decode(base_lm, tokens.separator) == fmt.separator
+    for kind in ("first", "later"):
+        forms, spaces = getattr(tokens, kind), getattr(fmt, f"{kind}_spaces")
+        expected = [(position, space + (fmt.lead if outcome != labels.none else "") + fmt.escape(form))
+                    for position, outcome in enumerate(labels.outcomes) for space in spaces for form in surface_forms(outcome)]
+        assert sorted((form.outcome, decode(base_lm, form.ids)) for form in forms) == sorted(expected)
+        assert all(decode(base_lm, form.ids[:form.lead]).strip() == (fmt.lead.strip() if form.lead else "") for form in forms)
+        for one, other in permutations(forms, 2):  # what ends a label cannot begin the rest of another
+            if other.ids[:len(one.ids)] == one.ids:
+                assert other.ids[len(one.ids)] not in tokens.terminators
+
+
+@examples(40)
+@given(spelled_sets)
+def test_collisions_are_the_pairs_with_a_common_first_token(base_lm, spelled):
+    tokens = AnswerTokens(base_lm, spelled[1], spelled[0])
+    first = lambda form: form.ids[:form.lead + 1]
+    pairs = {frozenset(spelled[1].outcomes[form.outcome] for form in pair) for forms in (tokens.first, tokens.later)
+             for pair in combinations(forms, 2) if first(pair[0]) == first(pair[1]) and pair[0].outcome != pair[1].outcome}
+    found = set(map(frozenset, tokens.collisions()))
+    assert found <= pairs and set().union(*found) == set().union(*pairs)
+
+
+paths = st.lists(st.integers(0, 3), min_size=1, max_size=6).map(tuple)
+
+
+@examples(100)
+@given(st.lists(paths, min_size=1, max_size=12, unique=True), st.integers(0, 2), st.booleans())
+def test_a_trie_holds_every_beginning_once(spellings, lead, leads_only):
+    forms = [Form(outcome, ids, min(lead, len(ids) - 1)) for outcome, ids in enumerate(spellings)]
+    trie, context = FormTrie(forms, leads_only), Node(None, [7, 8])
+    grown = [tuple(node.path()[2:]) for node in trie.grow(context)]
+    ends = lambda form: range(1, (form.lead if leads_only else len(form.ids)) + 1)
+    assert sorted(grown) == sorted({form.ids[:end] for form in forms for end in ends(form)})
+    assert all(path[:-1] in ((), *grown[:place]) for place, path in enumerate(grown))  # parents first
+    assert trie.position == {(): -1, **{path: place for place, path in enumerate(grown)}}
+
+
+architectures = st.sampled_from(["llama", "qwen2", "gemma3_text", "gpt2", "gpt_neox"])
+runs = st.lists(st.integers(0, 49151), min_size=1, max_size=12)
+new_nodes = st.lists(st.tuples(st.integers(0, 50), st.one_of(st.none(), st.integers(0, 12)), runs), min_size=1, max_size=8)
+calls = st.lists(st.tuples(new_nodes, st.sampled_from(["go on", "mark", "rewind", "start again"])), min_size=1, max_size=5)
+
+
+def grow(alive, new):
+    "Nodes below those of `alive` and below each other; a parent may be cut short."
+    for parent, at, ids in new:
+        below = alive[parent % len(alive)]
+        alive.append(Node(below, ids, None if at is None else min(at, len(below.ids))))
+    return alive[len(alive) - len(new):]
+
+
+def assert_same_reading(one, twin):
+    "Trap 9."
+    np.testing.assert_allclose(one.logprobs, twin.logprobs, atol=1e-3, rtol=0)
+    np.testing.assert_allclose(np.exp(one.logprobs), np.exp(twin.logprobs), atol=1e-4, rtol=0)
+    np.testing.assert_allclose(one.margin, twin.margin, atol=1e-3, rtol=0)
+    assert (one.best == twin.best)[twin.margin > 1e-3].all()
+    for states, others in ((one.hidden, twin.hidden), (one.attention, twin.attention)):
+        assert (states is None) == (others is None)
+        for mine, its in zip(*([], []) if states is None else (states, others), strict=True):
+            np.testing.assert_allclose(mine, its, atol=1e-4, rtol=1e-3)
+
+
+@examples(100)
+@given(architectures, st.lists(st.integers(0, 49151), max_size=20), st.integers(1, 40), calls, st.sampled_from([(False, False)] * 3 + [(True, True)]))
+def test_a_packed_tree_is_the_plain_one(tiny_lms, architecture, shared, tokens_per_pass, calls, states):
+    lm, watch = tiny_lms[architecture], np.arange(0, 49152, 997)
+    packed, plain, marks = PackedTree(lm, shared, tokens_per_pass), PlainTree(lm, shared), []
+    alive = [packed.root]
+    for new, then in calls:
+        nodes = grow(alive, new)
+        assert_same_reading(packed.compute(nodes, watch, *states), plain.compute(nodes, watch, *states))
+        if then == "mark":
+            marks.append((packed.mark(), len(alive)))
+        elif then == "rewind" and marks:
+            mark, known = marks.pop()
+            packed.rewind(mark)
+            del alive[known:]
+        elif then == "start again":
+            packed.rewind()
+            del alive[1:], marks[:]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3_text", "gpt2", "gpt_neox"])
+def test_every_architecture_is_packed(tiny_lms, architecture):
+    "Otherwise the property above would be about a tree that nobody uses."
+    assert packs(tiny_lms[architecture])
+
+
+@examples(100)
+@given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=8), min_size=1, max_size=5))
+def test_the_common_prefix_leaves_each_row_a_token(rows):
+    shared = common_prefix(rows)
+    agree = lambda length: all(len(row) > length for row in rows) and len({tuple(row[:length]) for row in rows}) == 1
+    assert agree(shared) and not agree(shared + 1)
