@@ -3,6 +3,7 @@
 How to search longer than CI does is said in conftest.py.
 """
 import json
+import warnings
 from itertools import combinations, permutations
 
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from mlc_notebooks.data import AnnotatedTexts
 from mlc_notebooks.engine import Node, PackedTree, PlainTree, common_prefix, packs
 from mlc_notebooks.labels import FORMATS, LabelSet, list_is_over, parse_answer, surface_forms
 from mlc_notebooks.models import AnswerTokens, Form
-from mlc_notebooks.probing import FormTrie
+from mlc_notebooks.probing import FormTrie, Trace, probe_steps
 from mlc_notebooks.prompts import binary_prompts, check_texts, fold_lines, list_prompts, unary_prompts
 
 
@@ -288,3 +290,65 @@ def test_the_common_prefix_leaves_each_row_a_token(rows):
     shared = common_prefix(rows)
     agree = lambda length: all(len(row) > length for row in rows) and len({tuple(row[:length]) for row in rows}) == 1
     assert agree(shared) and not agree(shared + 1)
+
+
+@st.composite
+def tasks(draw, least=1, most=5, **options):
+    "A format, and up to four texts to ask about with labels that the format accepts."
+    fmt = draw(formats)
+    labels, asked = draw(label_sets(least, most, fmt, **options)), draw(st.lists(user_texts, min_size=1, max_size=4))
+    ids = [f"item {i}" for i in range(len(asked))]
+    return fmt, AnnotatedTexts("made", ids, asked, labels, [np.zeros((0, len(labels)), np.uint8)] * len(asked))
+
+
+def assert_same_trace(one: Trace, twin: Trace):
+    "Trap 9, item by item: near ties are flagged and may be written otherwise."
+    for item in twin.items.index:
+        if "near_tie" in one.items["flags"][item] or "near_tie" in twin.items["flags"][item]:
+            continue
+        assert one.items.loc[item].equals(twin.items.loc[item])
+        mine, its = ((trace.steps["example"] == item).to_numpy() for trace in (one, twin))
+        np.testing.assert_allclose(one.logprobs[mine], twin.logprobs[its], atol=1e-3, rtol=0)
+        np.testing.assert_allclose(one.probs[mine], twin.probs[its], atol=1e-4, rtol=0)
+        for column in ("mass", "go", "stop"):
+            np.testing.assert_allclose(one.steps[column][mine], twin.steps[column][its], atol=1e-4, rtol=0)
+        for column in ("step", "wrote", "flags", "prompt_tokens", "generated_tokens"):
+            assert list(one.steps[column][mine]) == list(twin.steps[column][its])
+
+
+ways = st.fixed_dictionaries({"reading": st.sampled_from(["exact", "first_token"]), "chat": st.booleans()})
+
+
+def probe(lm, task, **options):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "these share a first token")
+        return probe_steps(lm, task, shots=0, collisions="warn", progress=False, **options)
+
+
+@examples(12)
+@given(architectures, tasks(), ways, st.integers(1, 3), st.randoms(use_true_random=False))
+def test_guided_decoding_keeps_to_the_format_however_it_is_batched(tiny_lms, architecture, task, way, batch_size, random):
+    fmt, task = task
+    ask = dict(fmt=fmt, decoding="guided", **way)
+    whole = probe(tiny_lms[architecture], task, **ask)
+    for item, output, outcomes, flags in whole.items[["output", "outcomes", "flags"]].itertuples():
+        parsed = parse_answer(output, task.labels, fmt, newline=not way["chat"])
+        assert (parsed.outcomes, parsed.flags) == (outcomes, frozenset()) and set(flags) <= {"near_tie", "boundary_merged"}
+        assert len(outcomes) == 1 or task.labels.is_multi
+        steps = whole.steps[whole.steps["example"] == item]
+        assert tuple(steps["wrote"]) == outcomes and list(steps["step"]) == list(range(1, len(outcomes) + 1))
+    assert np.isfinite(whole.logprobs).all() and (whole.logprobs <= 1e-5).all()
+    assert whole.steps[["mass", "go", "stop"]].ge(0).all(axis=None) and (whole.steps["go"] + whole.steps["stop"]).le(1 + 1e-4).all()
+    assert way["reading"] == "first_token" or whole.steps["mass"].le(1 + 1e-4).all()
+    order = random.sample(range(len(task)), len(task))
+    assert_same_trace(probe(tiny_lms[architecture], task.select(order), batch_size=batch_size, **ask), whole)
+    assert_same_trace(probe(tiny_lms[architecture], task, no_cache=True, **ask), whole)
+
+
+@examples(8)
+@given(architectures, tasks(), ways, st.integers(1, 3))
+def test_free_decoding_agrees_with_its_twin(tiny_lms, architecture, task, way, batch_size):
+    fmt, task = task
+    trace = probe(tiny_lms[architecture], task, fmt=fmt, batch_size=batch_size, **way)
+    assert_same_trace(trace, probe(tiny_lms[architecture], task, fmt=fmt, no_cache=True, **way))
+    assert (trace.steps.groupby("example")["step"].min()[list(task.ids)] == 1).all() and np.isfinite(trace.logprobs).all()
