@@ -35,13 +35,16 @@ def _check_name(name):
         raise ValueError(f"label {name!r} holds a line break or another character that cannot be printed")
 
 
+def _spellings(name):
+    return {form.casefold() for form in surface_forms(name)}  # two of the dotless ı, whose capital is that of i
+
+
 def _check_distinct(names):
     seen = {}
     for name in names:
-        if name.casefold() in seen:
-            raise ValueError(f"labels {seen[name.casefold()]!r} and {name!r} are the same up to capital letters: "
-                             "keep one of them")
-        seen[name.casefold()] = name
+        if same := [seen[form] for form in _spellings(name) if form in seen]:
+            raise ValueError(f"labels {same[0]!r} and {name!r} are the same up to capital letters: keep one of them")
+        seen.update(dict.fromkeys(_spellings(name), name))
 
 # %% ../nbs/00_labels.ipynb #264def56
 @dataclass(frozen=True)
@@ -59,18 +62,18 @@ class LabelSet:
         object.__setattr__(self, "names", tuple(self.names))
         for name in self.outcomes:
             _check_name(name)
-        if self.none and (named := [n for n in self.names if n.casefold() == self.none.casefold()]):
+        if self.is_multi and (named := [n for n in self.names if _spellings(n) & _spellings(self.none)]):
             raise ValueError(f"label {named[0]!r} is called like the outcome {self.none!r} that says that no label "
                              "applies: rename the label, or pass another `none=`")
         _check_distinct(self.names)
-        if len(self.names) < (1 if self.none else 2):
+        if len(self.names) < (1 if self.is_multi else 2):
             raise ValueError(f"{len(self.names)} label(s) {list(self.names)} leave nothing to decide: "
                              "give at least one label beside `none`, or at least two without it")
 
     @property
     def outcomes(self) -> tuple[str, ...]:
         "Y+, what a step may write: the labels in order, then `none` where the task has it."
-        return self.names + ((self.none,) if self.none else ())
+        return self.names + ((self.none,) if self.is_multi else ())
 
     @property
     def is_multi(self) -> bool:
@@ -141,12 +144,15 @@ class AnswerFormat:
         return json.dumps(label, ensure_ascii=False)[1:-1] if self.name == "json" else label
 
     def check(self, labels: LabelSet):
-        "Raise `ValueError` for a label that contains the format's own separator."
+        "Raise `ValueError` for a label that would be read as several, or `none` that would be read as a label."
         for name in labels.outcomes:
             for mark in self.forbidden:
-                if mark in name:
+                if mark in f" {name} ":  # as it stands between two others
                     raise ValueError(f"label {name!r} contains {mark!r}, which ends a label in the format "
                                      f"{self.name!r}: rename the label or use the format 'json'")
+        if self.lead and labels.is_multi and labels.none.startswith(self.lead):
+            raise ValueError(f"none={labels.none!r} begins with {self.lead!r} like a label in the format {self.name!r}: "
+                             "pass another `none=` or use the format 'json'")
 
     def item(self, outcome: str, none: str | None) -> str:
         "One outcome as written in a list, its lead included."
@@ -209,6 +215,12 @@ _STRING = re.compile(r'\s*"((?:[^"\\]|\\.)*)"', re.DOTALL)
 _OPEN_STRING = re.compile(r'\s*("(?:[^"\\]|\\.)*\\?)?$', re.DOTALL)
 
 
+def _unescape(string):
+    "What a JSON string says; half of a surrogate pair, which is no text and cannot be saved, becomes U+FFFD."
+    text = json.loads(f'"{string}"', strict=False)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def _scan_json(text):
     "Entries (text, start, end) and flags of a JSON list: string, then comma or bracket, and again."
     opening = _OPEN_JSON.search(text)
@@ -220,7 +232,7 @@ def _scan_json(text):
         return [], flags | {"empty"}
     while string := _STRING.match(text, at):
         try:
-            entries.append((json.loads(f'"{string[1]}"', strict=False), *string.span(1)))
+            entries.append((_unescape(string[1]), *string.span(1)))
         except ValueError:  # an escape that JSON does not know
             return entries, flags | {"invalid"}
         rest = text[string.end():].lstrip()
@@ -277,7 +289,7 @@ def parse_answer(
         entries.append(Entry(written, outcome, start, end, frozenset(mine)))
         seen.add(outcome)
         flags |= mine
-    if labels.none in seen and len(entries) > 1:
+    if labels.is_multi and labels.none in seen and len(entries) > 1:
         flags.add("none_mixed")
     return ParsedAnswer(tuple(entries), frozenset(flags))
 

@@ -27,13 +27,17 @@ def fold_lines(text: str) -> str:
     return " ".join(part.strip() for part in text.splitlines() if part.strip())
 
 
+_BROKEN = re.compile("[\0\ud800-\udfff]")  # NUL, and half of a surrogate pair, which no tokenizer takes
+
+
 def check_texts(ids, texts):
-    "Raise `ValueError` naming the first item whose text is empty or holds NUL."
+    "Raise `ValueError` naming the first item whose text is empty, or holds NUL or half of a surrogate pair."
     for item, text in zip(ids, texts, strict=True):
         if not text.strip():
             raise ValueError(f"the text of item {item!r} is empty: drop the item")
-        if "\0" in text:
-            raise ValueError(f"the text of item {item!r} holds a NUL character at position {text.index(chr(0))}: "
+        if broken := _BROKEN.search(text):
+            what = "a NUL character" if broken[0] == "\0" else f"half of a surrogate pair ({broken[0]!r})"
+            raise ValueError(f"the text of item {item!r} holds {what} at position {broken.start()}: "
                              "it is binary or was read with the wrong encoding")
 
 
@@ -147,7 +151,7 @@ def draw_demonstrations(
 ) -> list[tuple[str, tuple[str, ...]]]:
     """`shots` pairs (text, labels), shuffled. Raises `ValueError` where the pool has too few of a kind."""
     hidden = set(map(text_key, exclude))
-    keep = [i for i, text in enumerate(pool.texts) if text.strip() and "\0" not in text and text_key(text) not in hidden]
+    keep = [i for i, text in enumerate(pool.texts) if text.strip() and not _BROKEN.search(text) and text_key(text) not in hidden]
     gold, rng = pool.select(keep).gold_sets(), np.random.default_rng(seed)
     several = np.array([len(chosen) > 1 for chosen in gold], dtype=bool)
     if multi_share is None or not pool.labels.is_multi:
@@ -191,7 +195,9 @@ def similar_demonstrations(pool: AnnotatedTexts, texts: Sequence[str], shots: in
                            encoder: Callable[[Sequence[str]], np.ndarray]) -> list[list[tuple[str, tuple[str, ...]]]]:
     "For each text the `shots` nearest of the pool by cosine, duplicates of any of the texts left out, nearest last."
     hidden = set(map(text_key, texts))
-    keep = [i for i, text in enumerate(pool.texts) if text.strip() and text_key(text) not in hidden]
+    keep = [i for i, text in enumerate(pool.texts) if text.strip() and not _BROKEN.search(text) and text_key(text) not in hidden]
+    if shots > len(keep):
+        raise ValueError(f"{pool.name}: {shots} demonstrations wanted of {len(keep)} texts in the train split: lower shots")
     gold = pool.select(keep).gold_sets()
     unit = lambda v: np.asarray(v) / np.linalg.norm(v, axis=1, keepdims=True)
     near = unit(encoder(texts)) @ unit(encoder([pool.texts[i] for i in keep])).T

@@ -1,7 +1,17 @@
+import os
+
 import pytest
 import torch
+from hypothesis import settings
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from mlc_notebooks.models import load_lm
+from mlc_notebooks.models import LM, load_lm
+
+# The properties in test_fuzz.py see the same examples in every run. To search longer, among other examples each time:
+#   HYPOTHESIS_PROFILE=search pytest tests/test_fuzz.py     (the same as --hypothesis-profile=search)
+settings.register_profile("fixed", max_examples=100, derandomize=True, deadline=None)
+settings.register_profile("search", max_examples=5000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +33,21 @@ def next_logprobs():
     def compute(lm, ids):
         return lm.model(torch.tensor([list(ids)])).logits[0, -1].float().log_softmax(-1).numpy()
     return compute
+
+
+_SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=64,
+              max_position_embeddings=1024, initializer_range=0.5)  # which makes the predictions about as sharp as a real model's
+_ARCHITECTURES = {
+    "llama": _SHAPE, "qwen2": _SHAPE, "gpt_neox": _SHAPE,
+    "gemma3_text": {**_SHAPE, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=1024, initializer_range=0.5),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_lms(base_lm):
+    "Random models of the architectures that people bring, by name, with SmolLM2's tokenizer."
+    torch.manual_seed(0)
+    make = lambda kind, shape: AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, vocab_size=len(base_lm.tokenizer), eos_token_id=base_lm.tokenizer.eos_token_id, **shape))
+    return {kind: LM(kind, make(kind, shape).eval(), base_lm.tokenizer) for kind, shape in _ARCHITECTURES.items()}
