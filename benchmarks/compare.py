@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 RECORDED = HERE / "recorded"
 MODEL = "smollm2-135m"
-CONTENDERS = {  # name: what it is, the environment it runs in, the dtypes that it can have
+CONTENDERS = {  # name: what it is
     "ours": "this package", "published": "the published code's way: one text, 18 new tokens, everything returned",
     "generate": "transformers generate, one text, stopped at the end of the answer, logits only",
     "generate x16": "transformers generate, batches of 16, padded on the left",
@@ -76,6 +76,8 @@ class Contender:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         if name in ENVIRONMENTS:
             environment.pop("PYTHONPATH", None)
+        if name == "vllm":  # what its installation guide advises for speed
+            environment["LD_PRELOAD"] = ":".join(map(str, python.parent.parent.glob("lib/libiomp5.so")))
         self.name, self.log = name, log
         with log.open("w") as log_file:
             self.process = subprocess.Popen([str(python), str(HERE / "contenders.py"), name, str(job)], stdin=subprocess.PIPE,
@@ -87,7 +89,8 @@ class Contender:
         line = self.process.stdout.readline()
         if not line:
             lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-            raise Died(f"{self.name} ended without an answer; {self.log} ends with: {lines[-1] if lines else 'nothing'}")
+            raise Died(f"{self.name} ended without an answer, exit code {self.process.wait()}; its log {self.log.name} ends with: "
+                       f"{lines[-1] if lines else 'nothing'}")
         return json.loads(line)
 
     def _send(self, what: int):
@@ -293,29 +296,49 @@ def outputs(answer: dict, lm) -> list[str]:
     return [text.split("]")[0] for text in texts]
 
 
-def first_labels(answer: dict, asked: dict, lm, outcomes: int) -> np.ndarray:
-    "Full-vocabulary probabilities (n, outcomes) of the first tokens at step 1; NaN where they were not returned."
+def first_labels(answer: dict, asked: dict, ours: dict, lm, outcomes: int) -> np.ndarray:
+    """Full-vocabulary probabilities (n, outcomes) of the labels' first tokens at step 1, found where ours has its step 1.
+
+    NaN where a contender did not return them, or wrote something else up to there.
+    """
     if "first" in answer:
         return np.exp(answer["first"])
-    position, texts = len(asked["opening"]), len(answer.get("ids") or answer["texts"])
-    found = np.full((texts, outcomes), np.nan)
-    for i in range(texts):
-        if "ids" in answer and answer["ids"][i][:position] == asked["opening"]:
-            values = answer["logprobs"][i][position]
-        elif answer.get("named") and answer["named"][i] and answer["texts"][i].startswith(lm.decode(asked["opening"])):
-            values = [answer["named"][i][position].get(name) for name in asked["names"]]
-        else:
+    starts = step_one(ours)
+    found = np.full((len(answer.get("ids") or answer["texts"]), outcomes), np.nan)
+    for i, row in enumerate(found):
+        if i not in starts:
             continue
+        before = lm.decode(lm.encode_text(ours["outputs"][i])[:starts[i]])
+        values = values_at(answer, i, starts[i], before, asked["names"], lm)
         for outcome, value in zip(asked["outcomes"], values):
-            if value is not None:
-                found[i, outcome] = np.fmax(found[i, outcome], np.exp(value))
+            row[outcome] = np.fmax(row[outcome], np.nan if value is None else np.exp(value))
     return found
 
 
-def probabilities(part: str, answer: dict, comparison: Comparison) -> np.ndarray:
+def step_one(ours: dict) -> dict[int, int]:
+    "Tokens of the answer before its first label, by text; texts without a label are left out."
+    found = {}
+    for example, generated, wrote in zip(ours["examples"], ours["generated"], ours["wrote"]):
+        if example not in found and wrote is not None:
+            found[example] = generated
+    return found
+
+
+def values_at(answer, i, position, before, names, lm) -> list:
+    "Log-probabilities of the watched tokens behind `before`, as far as they are known."
+    if "ids" in answer:
+        same = lm.decode(answer["ids"][i][:position]) == before and position < len(answer["logprobs"][i])
+        return answer["logprobs"][i][position] if same else []
+    named = answer["named"][i]
+    if not named or "".join(named["tokens"][:position]) != before or position >= len(named["top"]):
+        return []
+    return [named["top"][position].get(name) for name in names]
+
+
+def probabilities(part: str, answer: dict, ours: dict, comparison: Comparison) -> np.ndarray:
     "What the contenders' numbers are compared by: step 1's labels, the two-way answers, the marginals' reads."
     if part.startswith("steps"):
-        return first_labels(answer, comparison.prompts["steps"], comparison.lm, len(comparison.task.labels.outcomes))
+        return first_labels(answer, comparison.prompts["steps"], ours, comparison.lm, len(comparison.task.labels.outcomes))
     if "marginals" in answer:
         return np.array(answer["marginals"], float)
     values = np.concatenate([np.array(rows, float) for rows in answer["read"]])
@@ -331,7 +354,8 @@ def agreement(comparison: Comparison, reference: dict) -> list[dict]:
             expected = {"read": comparison.prompts["marginals"]["read"]}
         if expected is None:
             continue
-        values, right = probabilities(part, answer, comparison), probabilities(part, expected, comparison)[:len(probabilities(part, answer, comparison))]
+        values = probabilities(part, answer, expected, comparison)
+        right = probabilities(part, expected, expected, comparison)[:len(values)]
         known = ~np.isnan(values)
         row = {"dtype": comparison.dtype, "part": part, "contender": name, "values_compared": int(known.sum()),
                "values_missing": int((~known).sum()), "largest_difference": float(np.abs(values - right)[known].max()) if known.any() else np.nan}
@@ -346,9 +370,8 @@ def agreement(comparison: Comparison, reference: dict) -> list[dict]:
 
 def summary(rows: pd.DataFrame, agreed: pd.DataFrame) -> pd.DataFrame:
     "One row for each dtype, part and contender; ratios to ours are taken within a repeat."
-    part_of_ours = rows["part"]
     ours = rows[rows["contender"] == "ours"].set_index(["dtype", "part", "repeat"])["seconds_a_text"]
-    keys = pd.MultiIndex.from_arrays([rows["dtype"], part_of_ours, rows["repeat"]])
+    keys = pd.MultiIndex.from_arrays([rows["dtype"], rows["part"], rows["repeat"]])
     rows = rows.assign(ratio=rows["seconds_a_text"].to_numpy() / ours.reindex(keys).to_numpy())
     grouped = rows.groupby(["dtype", "part", "contender"], sort=False)
     table = grouped.agg(texts=("texts", "first"), repeats=("repeat", "count"), seconds_a_text=("seconds_a_text", "median"),

@@ -22,6 +22,11 @@ def log_softmax(logits, watch):
     return (logits[watch] - logits.logsumexp(-1)).tolist()
 
 
+def plain_float(value):
+    "A number that JSON can hold, or None."
+    return None if value is None else float(value)
+
+
 class TokenCounter:
     "Counts the tokens that a torch model computes, padding included, where they enter its embedding."
     def __init__(self, model):
@@ -221,7 +226,7 @@ class Published(Transformers):
 class VLLM(Rival):
     "vLLM's CPU build with prefix caching, all prompts handed over at once; it returns the watched tokens' log-probabilities only."
     def load(self, job):
-        os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+        os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
                        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, job["cores"]))}
         from vllm import LLM
         self.llm = LLM(job["model_folder"], dtype=job["dtype"], enable_prefix_caching=True, max_model_len=2048,
@@ -262,6 +267,7 @@ class LlamaCpp(Rival):
         import llama_cpp
         import numpy
         self.llama_cpp, self.np = llama_cpp, numpy
+        self.avoid_amx(llama_cpp.llama_cpp)
         self.llm = llama_cpp.Llama(job["gguf"], n_ctx=2048, n_threads=job["threads"], n_threads_batch=job["threads"],
                                    logits_all=self.logits_all, verbose=False)
         self.computed, inner = 0, self.llm.eval
@@ -271,6 +277,17 @@ class LlamaCpp(Rival):
             inner(tokens)
         self.llm.eval = counting
 
+    @staticmethod
+    def avoid_amx(library):
+        "llama.cpp's AMX kernels end with a segmentation fault on this model (ggml-org/llama.cpp issue 20824): the others are taken."
+        cpu, defaults = Path("/proc/cpuinfo"), library.llama_model_default_params
+        if cpu.exists() and "amx_int8" in cpu.read_text():
+            def without_repacking():
+                parameters = defaults()
+                parameters.use_extra_bufts = False
+                return parameters
+            library.llama_model_default_params = without_repacking
+
     def prepare(self):
         self.llm.reset()
         self.computed = 0
@@ -278,7 +295,14 @@ class LlamaCpp(Rival):
     def generate(self, rows, asked):
         answers = [self.complete(row, asked) for row in rows]
         return {"texts": [a["text"] + asked["stop"] * (a["finish_reason"] == "stop") for a in answers],
-                "named": [(a.get("logprobs") or {}).get("top_logprobs") for a in answers], "tokens": self.computed}
+                "named": [self.named(a) for a in answers], "tokens": self.computed}
+
+    @staticmethod
+    def named(answer):
+        "The tokens written and, for each, the likeliest ones' log-probabilities by their text; None without probabilities."
+        found = answer.get("logprobs")
+        return found and {"tokens": found["tokens"],
+                          "top": [{text: plain_float(value) for text, value in (top or {}).items()} for top in found["top_logprobs"]]}
 
     def complete(self, row, asked):
         return self.llm.create_completion(row, max_tokens=asked["limit"], temperature=0.0, stop=[asked["stop"]])["choices"][0]
@@ -304,7 +328,7 @@ class LlamaCppTop20(LlamaCpp):
         names = [self.llm.detokenize([token], prev_tokens=rows[0]).decode("utf-8", "ignore") for token in watch]
         tops = [self.llm.create_completion(row, max_tokens=1, temperature=0.0, logprobs=20)["choices"][0]["logprobs"]["top_logprobs"][0]
                 for row in rows]
-        return [[top.get(name) for name in names] for top in tops], self.computed
+        return [[plain_float(top.get(name)) for name in names] for top in tops], self.computed
 
 
 CONTENDERS = {"ours": Ours, "published": Published, "generate": Transformers, "generate x16": Batched, "vllm": VLLM,
