@@ -1,6 +1,6 @@
 """What each zero-shot method costs: tokens computed and time per text; and Bradley-Terry against a per-text Adam loop.
 
-    make benchmark, or: python benchmarks/zero_shot_cost.py [--texts 16] [--shots 10]
+    make benchmark-cost, or: python benchmarks/zero_shot_cost.py [--texts 16] [--shots 10]
 
 All in one process, on the same texts, model, dtype and threads. Tokens computed are counted where they are computed: the
 distinct nodes of each tree, without padding (there is none).
