@@ -194,13 +194,13 @@ class Comparison:
             if (python := python_of(name, self.arguments.rivals)) is None:
                 self._note(f"{name} is absent: `make benchmark-rivals` installs it")
                 continue
-            if ENVIRONMENTS.get(name) == "llama":
-                job["gguf"] = str(original_gguf(self.out).resolve())
             path = self.out / f"job_{self.dtype}.json"
-            path.write_text(json.dumps(job))
             try:
+                if ENVIRONMENTS.get(name) == "llama":
+                    job["gguf"] = str(original_gguf(self.out).resolve())
+                path.write_text(json.dumps(job))
                 started[name] = Contender(name, path, python, self.out / f"{name.replace(' ', '_')}_{self.dtype}.log", len(cores))
-            except Died as error:
+            except (Died, OSError) as error:
                 self._note(str(error))
         return started
 
@@ -458,6 +458,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmark")
     parser.add_argument("--record", action="store_true", help="also copy the tables to benchmarks/recorded")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # contenders are ended too
     arguments.out.mkdir(parents=True, exist_ok=True)
     done = []
     for dtype in arguments.dtypes:

@@ -101,8 +101,8 @@ def points(small: bool) -> list[tuple[str, dict]]:
     "(sweep, point) of all that is measured; models that are not in the cache are left out."
     sweeps = SMALL if small else SWEEPS
     usual = {**USUAL, "texts": 16} if small else USUAL
-    found = [(name, {**usual, name: value, **({"reading": "exact"} if name == "labels" else {})})
-             for name, values in sweeps.items() for value in values]
+    special = {"labels": {"reading": "exact", "texts": 16}}  # every spelling of every label is read at each step
+    found = [(name, {**usual, **special.get(name, {}), name: value}) for name, values in sweeps.items() for value in values]
     here = [name for name in WHEEL_MODELS if (cache_folder() / name / "config.json").exists()]
     return found + [("model", {**usual, "texts": 16, "model": name}) for name in (here[:1] if small else here)]
 
