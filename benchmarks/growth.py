@@ -32,7 +32,7 @@ HERE = Path(__file__).parent
 USUAL = {"texts": 64, "labels": 7, "shots": 10, "model": "smollm2-135m", "reading": "first_token"}
 SWEEPS = {"texts": (64, 256, 1024, 4096, 10_000), "labels": (4, 10, 25, 50, 100, 200), "shots": (0, 5, 10, 20, 40)}
 SMALL = {"texts": (16, 64), "labels": (4, 25), "shots": (0, 10)}
-AXES = {"texts": "texts", "labels": "labels (made-up names, exact reading)", "shots": "demonstrations", "model": "million parameters"}
+AXES = {"texts": "texts", "labels": "labels (exact reading)", "shots": "demonstrations", "model": "million parameters"}
 
 
 def numbered(texts: list[str], wanted: int) -> list[str]:
