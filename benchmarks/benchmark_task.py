@@ -1,0 +1,68 @@
+"The texts, demonstrations and questions of the benchmark: the same for every contender."
+import itertools
+
+from mlc_notebooks.data import AnnotatedTexts, load_task
+from mlc_notebooks.engine import PackedTree, PlainTree, packs
+from mlc_notebooks.models import LM
+from mlc_notebooks.output_tree import inclusion_marginals
+from mlc_notebooks.probing import ask_for_lists
+from mlc_notebooks.prompts import binary_prompts, draw_demonstrations, unary_prompts
+from mlc_notebooks.zero_shot import binary_demonstrations, unary_demonstrations
+
+
+def benchmark_task(texts: int) -> AnnotatedTexts:
+    "GoEmotions with its seven groups."
+    return load_task("goemotions").sample(texts, seed=0)
+
+
+def demonstrations(task: AnnotatedTexts, shots: int = 10) -> dict:
+    "What the prompts of each kind show, and the pairs that are asked about."
+    return {"demonstrations": draw_demonstrations(task.pool, shots, 0, exclude=task.texts),
+            "unary_shown": unary_demonstrations(task.pool, shots, 0, task.texts),
+            "binary_shown": binary_demonstrations(task.pool, shots, 0, task.texts),
+            "pairs": list(itertools.combinations(task.labels.outcomes, 2))}
+
+
+def prepared_prompts(lm: LM, task: AnnotatedTexts, shown: dict, marginal_texts: int) -> dict[str, dict]:
+    """For each part what a rival is given: `rows` of token ids (for all parts but steps a list of them a text) and the
+    tokens to `watch`; for steps also the mark that closes a list and the `limit` of new tokens."""
+    asked = ask_for_lists(lm, task, demonstrations=shown["demonstrations"])
+    spelt = [form.ids[:form.lead + 1][-1] for form in asked.tokens.first]
+    questions = lambda prompts: [[lm.encode_prompt(prompt) for prompt in of_text] for of_text in prompts]
+    first = lambda *answers: [lm.encode_text(" " + answer)[0] for answer in answers]
+    unary = [unary_prompts(text, task.labels, shown["unary_shown"], task.kind)[:-1] for text in task.texts]
+    binary = [binary_prompts(text, shown["pairs"], shown["binary_shown"], task.kind) for text in task.texts]
+    every = sorted({token for form in asked.tokens.first + asked.tokens.later for token in form.ids})
+    return {"steps": {"rows": asked.rows, "watch": spelt, "outcomes": [form.outcome for form in asked.tokens.first],
+                      "names": [lm.decode([token]) for token in spelt], "opening": asked.tokens.opening,
+                      "limit": asked.tokens.longest_answer, "stop": "]"},
+            "unary": {"rows": questions(unary), "watch": first("reasonable", "unreasonable")},
+            "binary": {"rows": questions(binary), "watch": first("a", "b")},
+            "marginals": {**marginal_reads(lm, task.select(range(marginal_texts)), shown, every), "watch": every}}
+
+
+def marginal_reads(lm: LM, task: AnnotatedTexts, shown: dict, watch: list[int]) -> dict:
+    "Every path that the search for the exact marginals reads, text by text, and what it read there: a rival is spared the search."
+    packs(lm)  # its check is no part of the search
+    rows, found, originals = [], [], {tree: tree.compute for tree in (PackedTree, PlainTree)}
+
+    def recording(compute):
+        def record(self, nodes, watched=(0,), *args, **kwargs):
+            reading = compute(self, nodes, watched, *args, **kwargs)
+            if len(nodes) and nodes[0].parent is not None:
+                again = {int(token): place for place, token in enumerate(watched)}
+                rows[-1].extend(node.path() for node in nodes)
+                found[-1].extend(reading.logprobs[:, [again[token] for token in watch]].tolist())
+            return reading
+        return record
+    for tree, compute in originals.items():
+        tree.compute = recording(compute)
+    try:
+        for i in range(len(task)):
+            rows.append([])
+            found.append([])
+            inclusion_marginals(lm, task.select([i]), demonstrations=shown["demonstrations"], progress=False)
+    finally:
+        for tree, compute in originals.items():
+            tree.compute = compute
+    return {"rows": rows, "read": found}
