@@ -156,7 +156,7 @@ def with_quota(folder, limit, said):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
-        in_batches(lambda batch: count_batches(batch, [], 20), range(12), 2, folder=folder, settings={"a": 1})
+        in_batches(lambda batch: count_batches(batch, [], 120), range(12), 2, folder=folder, settings={"a": 1})
         said.send("done")
     except OSError as error:
         said.send(str(error))
@@ -177,7 +177,7 @@ def test_a_quota_stops_a_run_and_breaks_nothing(tmp_path):
     assert said[-1] == "done" and "manifest.json" in said[0]
     refused = [line.split(" could not")[0].split(": ")[1] for line in said[:-1]]
     assert refused.index("0000000.safetensors") < len(refused) - 1 - refused[::-1].index("manifest.json")  # which outgrew its room, later on
-    assert in_batches(None, range(12), 2, folder=folder, settings={"a": 1}) == expected(20)
+    assert in_batches(None, range(12), 2, folder=folder, settings={"a": 1}) == expected(120)
 
 
 def test_a_full_disk(tmp_path):
