@@ -6,18 +6,16 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/engine.html.md"""
 
 # %% auto #0
 __all__ = ['Node', 'Reading', 'PlainTree', 'Layout', 'LimbAttention', 'PackedTree', 'packs', 'prompt_tree', 'common_prefix',
-           'batch_size_for', 'in_batches']
+           'batch_size_for']
 
 # %% ../nbs/04_engine.ipynb #11262cd5
 import contextlib
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -410,27 +408,3 @@ def batch_size_for(lm: LM, tokens_per_text: int, megabytes: int = 400, most: int
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token_bytes = 2 * config.num_hidden_layers * heads * width * torch.finfo(lm.model.dtype).bits // 8
     return max(1, min(most, megabytes * 2**20 // (token_bytes * max(1, tokens_per_text))))
-
-
-def _out_of_memory(error):
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
-
-
-def in_batches(work: Callable, positions: Sequence[int], size: int, desc: str = "", progress: bool = False) -> list:
-    """What `work(batch)` gives for each position of a batch, for all of `positions` (0 to n - 1 in any order), by position.
-
-    A batch that runs out of memory is halved and tried again.
-    """
-    waiting, found = deque(list(positions[i:i + size]) for i in range(0, len(positions), size)), {}
-    with tqdm(total=len(positions), desc=desc, unit="text", disable=not progress) as bar:
-        while waiting:
-            batch = waiting.popleft()
-            try:
-                found |= zip(batch, work(batch), strict=True)
-            except (MemoryError, RuntimeError) as error:
-                if len(batch) == 1 or not _out_of_memory(error):
-                    raise
-                waiting.extendleft([batch[len(batch) // 2:], batch[:len(batch) // 2]])
-            else:
-                bar.update(len(batch))
-    return [found[i] for i in range(len(positions))]

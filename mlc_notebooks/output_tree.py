@@ -12,15 +12,17 @@ __all__ = ['Prefix', 'Expand', 'Branch', 'Found', 'best_first', 'sample_outputs'
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.special import softmax
 
 from .data import AnnotatedTexts
-from .engine import Node, batch_size_for, common_prefix, in_batches, prompt_tree
+from .engine import Node, batch_size_for, common_prefix, prompt_tree
 from .models import LM
-from .probing import ListQuestions, StepReader, ask_for_lists, compute_groups, in_chunks
+from .probing import ListQuestions, StepReader, ask_for_lists, compute_groups, in_chunks, list_settings
+from .runs import digest, in_batches
 
 # %% ../nbs/07b_output_tree.ipynb #f2b6a832
 Prefix = tuple[int, ...]  # positions of the labels written, in order
@@ -206,8 +208,8 @@ def _canonical(forms):
     return {outcome: next(form for form in forms if form.outcome == outcome) for outcome in {form.outcome for form in forms}}
 
 
-def _over_texts(lm: LM, task: AnnotatedTexts, work: Callable, prior=None, progress: bool = True, **asking) -> list:
-    "work(expand, texts) for batches of texts; the results in the order of the task."
+def _over_texts(lm: LM, task: AnnotatedTexts, work: Callable, how: dict, prior=None, progress: bool = True, folder=None, **asking) -> list:
+    "work(expand, texts) for batches of texts; the results in the order of the task. how: what `work` was told, for the folder."
     if not task.labels.is_multi:
         raise ValueError(f"{task.name} is a single-label task: its outputs hold one label, so step 1 is the marginal")
     questions = ask_for_lists(lm, task, **asking)
@@ -216,7 +218,8 @@ def _over_texts(lm: LM, task: AnnotatedTexts, work: Callable, prior=None, progre
     by_length = sorted(range(len(task)), key=lambda i: len(questions.rows[i]))
     size = min(8, batch_size_for(lm, 40 * questions.tokens.longest_answer))
     run = lambda batch: work(OutputTree(questions, tree, reader, batch, shared, prior).expand, len(batch))
-    return in_batches(run, by_length, size, f"output trees of {task.name}", progress)
+    kept = folder and list_settings(lm, task, questions, prior=None if prior is None else digest(np.asarray(prior).tolist()), **how)
+    return in_batches(run, by_length, size, f"output trees of {task.name}", progress, folder, kept)
 
 # %% ../nbs/07b_output_tree.ipynb #ddf55b7f
 @dataclass
@@ -238,14 +241,16 @@ def inclusion_bounds(
     cutoff: float = 0.0,  # prefixes less probable than this are not followed
     prior: np.ndarray | None = None,  # (steps, L + 1): calibration of each step, the last row for all later ones
     progress: bool = True,
+    folder: str | Path | None = None,  # keep finished batches here, and go on with what is there
     **asking,  # of `ask_for_lists`: seed, fmt, demonstrations, template, chat, ...
 ) -> Bounds:
     """P(label in the output) of the guided tree, by best-first expansion, for every item of the task.
 
-    Raises `ValueError` for a single-label task, and whatever `ask_for_lists` raises.
+    Raises `ValueError` for a single-label task, whatever `ask_for_lists` raises, and for a folder what `in_batches` raises.
     """
-    work = lambda expand, texts: best_first(expand, texts, len(task.labels), tolerance, most_looks, cutoff)
-    found = _over_texts(lm, task, work, prior, progress, shots=shots, **asking)
+    how = {"tolerance": tolerance, "most_looks": most_looks, "cutoff": cutoff}
+    work = lambda expand, texts: [vars(one) for one in best_first(expand, texts, len(task.labels), **how)]
+    found = [Found(**one) for one in _over_texts(lm, task, work, how, prior, progress, folder, shots=shots, **asking)]
     index, names = pd.Index(task.ids, name="id"), list(task.labels)
     return Bounds(pd.DataFrame([one.marginals for one in found], index, names), pd.DataFrame([one.upper for one in found], index, names),
                   pd.DataFrame([one.estimate for one in found], index, names),
@@ -266,12 +271,13 @@ def sampled_marginals(
     sample_seed: int = 0,
     prior: np.ndarray | None = None,
     progress: bool = True,
+    folder: str | Path | None = None,  # keep finished batches here, and go on with what is there
     **asking,
 ) -> pd.DataFrame:
     "P(label in the output) from drawn outputs, (n, L), clipped to [0, 1]; `.attrs['clipped']` is the share of values that were."
-    def work(expand, texts):
-        return np.stack(sample_outputs(expand, texts, len(task.labels), samples, sample_seed), 1)
-    found = np.array(_over_texts(lm, task, work, prior, progress, shots=shots, **asking))[:, int(rao_blackwell)]
+    how = {"samples": samples, "seed": sample_seed}
+    work = lambda expand, texts: np.stack(sample_outputs(expand, texts, len(task.labels), **how), 1)
+    found = np.array(_over_texts(lm, task, work, how, prior, progress, folder, shots=shots, **asking))[:, int(rao_blackwell)]
     scores = pd.DataFrame(np.clip(found, 0, 1), pd.Index(task.ids, name="id"), list(task.labels))
     scores.attrs["clipped"] = float(((found < 0) | (found > 1)).mean())
     return scores

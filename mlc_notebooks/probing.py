@@ -6,8 +6,8 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/probing.html.md"""
 
 # %% auto #0
 __all__ = ['NEAR_TIE', 'FormTrie', 'StepReader', 'Seen', 'Step', 'Decoded', 'free_decoder', 'guided_decoder', 'in_chunks',
-           'compute_groups', 'Trace', 'ListQuestions', 'ask_for_lists', 'probe_steps', 'attention_shares',
-           'LogisticPerLabel', 'make_probe', 'HeldOut', 'probe_predictions']
+           'compute_groups', 'Trace', 'ListQuestions', 'ask_for_lists', 'list_settings', 'probe_steps',
+           'attention_shares', 'LogisticPerLabel', 'make_probe', 'HeldOut', 'probe_predictions']
 
 # %% ../nbs/05_probing.ipynb #0ba12d5a
 import hashlib
@@ -35,10 +35,11 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from .data import AnnotatedTexts, text_key
-from .engine import Node, PackedTree, batch_size_for, common_prefix, in_batches, prompt_tree
+from .engine import Node, PackedTree, batch_size_for, common_prefix, prompt_tree
 from .labels import AnswerFormat, Entry, LabelSet, list_is_over, parse_answer
 from .models import LM, AnswerTokens
 from .prompts import Template, check_texts, draw_demonstrations, list_prompts
+from .runs import digest, in_batches, run_settings
 
 # %% ../nbs/05_probing.ipynb #0ffd3569
 class FormTrie:
@@ -503,6 +504,13 @@ def ask_for_lists(
     return _encode_prompts(lm, task, make, tokens, chat, long_text)
 
 
+def list_settings(lm: LM, task: AnnotatedTexts, asked: ListQuestions, **how) -> dict:
+    "What decides the numbers of a run that asks for lists, for the folder that keeps its batches; `how` they are answered included."
+    return run_settings(lm, asked.rows, task=task.name, items=digest(task.ids), labels=list(task.labels.outcomes),
+                        shots=len(asked.prompts[0].demonstrations), format=asked.tokens.fmt.name,
+                        answers=digest([repr(asked.tokens.fmt), asked.tokens.before]), **how)
+
+
 def _encode_prompts(lm, task, make, tokens, chat, long_text) -> ListQuestions:
     "Prompts that leave room for the longest answer; raises `ValueError` naming a text that is too long."
     texts, flags, room = list(task.texts), [set() for _ in task.texts], tokens.longest_answer
@@ -646,12 +654,14 @@ def probe_steps(
     attention: bool = False,  # keep attention shares at each step
     batch_size: int | None = None,  # texts at once; None: by the machine's memory
     no_cache: bool = False,  # the slow twin: every prompt on its own
+    folder: str | Path | None = None,  # keep finished batches here, and go on with what is there
     progress: bool = True,  # show a bar
 ) -> Trace:
     """The label distribution at every step of the model's answers (science: section 2).
 
     Raises `ValueError`, before the model is run, for an empty task, an empty text, a text that does not fit the context,
-    labels that the format or the reading cannot tell apart, or demonstrations that cannot be drawn.
+    labels that the format or the reading cannot tell apart, or demonstrations that cannot be drawn; and, for a `folder`
+    that holds a run with other settings, an error that names them (`mlc_notebooks.runs` has all that can happen to it).
     """
     task = _as_task(texts, labels)
     _check_choice("decoding", decoding, ("free", "guided"))
@@ -670,7 +680,9 @@ def probe_steps(
     by_length = sorted(range(len(task)), key=lambda i: len(asked.rows[i]))
     size = batch_size or batch_size_for(lm, len(asked.rows[by_length[-1]]) - shared + tokens.longest_answer)
     work = lambda batch: _probe_batch(tree, [asked.rows[i][shared:] for i in batch], reader, decoder, hidden, attention)
-    found = in_batches(work, by_length, size, f"probing {task.name}", progress)
+    kept = folder and list_settings(lm, task, asked, seed=seed, decoding=decoding, reading=reading, chat=chat, hidden=hidden,
+                                    attention=attention, batch_size=batch_size, no_cache=no_cache)
+    found = in_batches(work, by_length, size, f"probing {task.name}", progress, folder, kept)
     settings = {**_provenance(lm, task, asked.prompts), "shots": len(asked.prompts[0].demonstrations), "seed": seed,
                 "multi_share": multi_share, "decoding": decoding, "reading": reading, "format": tokens.fmt.name, "chat": chat,
                 "hidden": hidden, "batch_size": size, "packed": isinstance(tree, PackedTree),

@@ -10,6 +10,7 @@ __all__ = ['PAGE', 'ROWS_SHOWN', 'FETCHABLE', 'write_report', 'run_summary', 'ru
 
 # %% ../nbs/11_study.ipynb #1e4f98c5
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -146,7 +147,7 @@ def _probe_parser() -> argparse.ArgumentParser:
     how.add_argument("--format", choices=("json", "comma", "polysyndeton"), default="json", help="(default: %(default)s)")
     how.add_argument("--chat", action="store_true", help="ask in the model's chat template")
     how.add_argument("--long-text", choices=("error", "truncate"), default="error", help="texts over the context (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/probe"), metavar="FOLDER", help="for the report (default: %(default)s)")
+    _add_out(parser, "runs/probe", "the report")
     return parser
 
 
@@ -169,6 +170,27 @@ def _add_asking(parser, model: str, shots: int):
     how.add_argument("--seed", type=int, default=0, help="of sampling and demonstrations (default: %(default)s)")
     how.add_argument("--dtype", default="float32", help="(default: %(default)s)")
     return how
+
+
+def _add_out(parser, folder: str, what: str):
+    "The options that say where the results go, and what becomes of a command that was stopped."
+    parser.add_argument("--out", type=Path, default=Path(folder), metavar="FOLDER",
+                        help=f"for {what} (default: %(default)s); a command that was stopped goes on when it is given again")
+    parser.add_argument("--fresh", action="store_true", help="do not go on: drop what a stopped command left in --out")
+
+
+@contextlib.contextmanager
+def _kept_batches(args: argparse.Namespace):
+    "The folder in which a command keeps its finished batches; removed when the command has ended well."
+    from mlc_notebooks.runs import SettingsChanged, discard_runs
+    folder = args.out / "batches"
+    if args.fresh:
+        discard_runs(folder)
+    try:
+        yield folder
+    except SettingsChanged as error:
+        raise ValueError(f"{error} (here: --fresh, or --out FOLDER)") from None
+    discard_runs(folder)
 
 
 def _file_labels(given: str | None):
@@ -204,9 +226,10 @@ def run_probe(args: argparse.Namespace) -> Path:
     from mlc_notebooks.models import load_lm
     from mlc_notebooks.probing import probe_steps
     lm = load_lm(args.model, dtype=args.dtype)
-    traces = {task.name: probe_steps(lm, task, args.shots, seed=args.seed, decoding=args.decoding, reading=args.reading,
-                                     fmt=args.format, chat=args.chat, long_text=args.long_text) for task in tasks}
-    page = write_report(traces, args.out, {task.name: task for task in tasks})
+    with _kept_batches(args) as folder:
+        traces = {task.name: probe_steps(lm, task, args.shots, seed=args.seed, decoding=args.decoding, reading=args.reading, fmt=args.format,
+                                         chat=args.chat, long_text=args.long_text, folder=folder / task.name) for task in tasks}
+        page = write_report(traces, args.out, {task.name: task for task in tasks})
     print(f"\n{args.model}, {args.shots}-shot, {args.decoding} decoding, {args.reading} reading\n")
     print(run_summary(traces).to_string())
     print(f"\nMeans with 95 % bootstrap intervals over texts.\nReport: {page}")
@@ -246,7 +269,7 @@ An unknown method's name is answered with the list of all.""")
     how = _add_asking(parser, model="smollm2-135m-emotions", shots=0)
     how.add_argument("--methods", nargs="+", metavar="NAME", default=["traces"],
                      help="names, 'all', or 'traces' (default): those that cost no more than one answer a text")
-    parser.add_argument("--out", type=Path, default=Path("runs/align"), metavar="FOLDER", help="for the results (default: %(default)s)")
+    _add_out(parser, "runs/align", "the results")
     return parser
 
 
@@ -274,12 +297,12 @@ def run_align(args: argparse.Namespace) -> Path:
     from mlc_notebooks.models import load_lm
     from mlc_notebooks.plots import plot_alignment
     from mlc_notebooks.zero_shot import zero_shot
-    scores = zero_shot(load_lm(args.model, dtype=args.dtype), task, names, args.shots, args.seed)
-    report = align_report(scores, task)
-    args.out.mkdir(parents=True, exist_ok=True)
-    report.to_csv(args.out / "table.csv", index=False)
-    pd.concat(scores, names=["method"]).reset_index().to_parquet(args.out / "scores.parquet", index=False)
-    plot_alignment(report).savefig(args.out / "alignment.png", dpi=110, bbox_inches="tight")
+    with _kept_batches(args) as folder:
+        scores = zero_shot(load_lm(args.model, dtype=args.dtype), task, names, args.shots, args.seed, folder=folder)
+        report = align_report(scores, task)
+        report.to_csv(args.out / "table.csv", index=False)
+        pd.concat(scores, names=["method"]).reset_index().to_parquet(args.out / "scores.parquet", index=False)
+        plot_alignment(report).savefig(args.out / "alignment.png", dpi=110, bbox_inches="tight")
     print(f"\n{args.model}, {args.shots}-shot\n\n{report}\n\nTable, scores and figure: {args.out}")
     return args.out
 

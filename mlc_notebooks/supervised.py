@@ -24,11 +24,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from .data import AnnotatedTexts, text_key
-from .engine import Node, batch_size_for, common_prefix, in_batches, prompt_tree
+from .engine import Node, batch_size_for, common_prefix, prompt_tree
 from .labels import LabelSet
 from .models import LM
 from .probing import ask_for_lists
 from .prompts import draw_demonstrations, sentence_encoder
+from .runs import in_batches
 
 # %% ../nbs/09_supervised.ipynb #f2fb314c
 def without_other_splits(task: AnnotatedTexts, split: str = "train") -> AnnotatedTexts:

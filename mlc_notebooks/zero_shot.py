@@ -16,6 +16,7 @@ __all__ = ['METHODS', 'SINGLE_LABEL_METHODS', 'Method', 'zero_shot_method', 'har
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -24,13 +25,14 @@ from scipy.special import expit, log_expit, softmax
 
 from .calibration import Platt, divide_prior, step_prior
 from .data import AnnotatedTexts
-from .engine import Node, common_prefix, in_batches, prompt_tree
+from .engine import Node, common_prefix, prompt_tree
 from .metrics import EPS
 from .models import LM
 from .experiments import reorder_labels
 from .output_tree import inclusion_bounds, inclusion_marginals, sampled_marginals
 from .probing import Trace, probe_steps
 from .prompts import Prompt, binary_prompts, check_texts, draw_demonstrations, unary_prompts
+from .runs import in_batches, run_settings
 
 # %% ../nbs/08_zero_shot.ipynb #7f27c455
 @dataclass(frozen=True)
@@ -146,8 +148,10 @@ class Answered:
 
 
 def ask_questions(lm: LM, prompts: Sequence[Sequence[Prompt]], answers: Sequence[str], progress: bool = True, desc: str = "asking",
-                  no_cache: bool = False) -> Answered:
+                  no_cache: bool = False, folder: str | Path | None = None) -> Answered:
     """First-token log-probabilities of `answers` after each prompt. prompts: the questions about each text.
+
+    Finished batches are kept in `folder`, and those that are there are not asked again (`mlc_notebooks.runs` has the errors).
 
     Raises `ValueError` where two answers begin with the same token, or a prompt does not fit the context.
     """
@@ -164,7 +168,9 @@ def ask_questions(lm: LM, prompts: Sequence[Sequence[Prompt]], answers: Sequence
     trie = []
     _grow_trie(tree.root, [tuple(row[shared:]) for row in rows[0]], trie)
     size = max(1, 1024 // sum(len(node.ids) for node in trie))  # more texts at once would read past each other's tokens
-    found = in_batches(lambda batch: _ask_batch(tree, [rows[i] for i in batch], shared, watch), range(len(rows)), size, desc, progress)
+    work = lambda batch: _ask_batch(tree, [rows[i] for i in batch], shared, watch)
+    kept = folder and run_settings(lm, rows, answers=list(answers), watched=watch, no_cache=no_cache)
+    found = in_batches(work, range(len(rows)), size, desc, progress, folder, kept)
     return Answered([logprobs for logprobs, _ in found], shared + sum(count for _, count in found), sum(map(len, every)))
 
 
@@ -234,12 +240,13 @@ def _shots_of(task, shots, seed, draw):
 
 
 @zero_shot_method("model")
-def unary_breakdown(lm: LM, task: AnnotatedTexts, shots: int = 10, seed: int = 0, progress: bool = True, no_cache: bool = False) -> pd.DataFrame:
+def unary_breakdown(lm: LM, task: AnnotatedTexts, shots: int = 10, seed: int = 0, progress: bool = True, no_cache: bool = False,
+                    folder: str | Path | None = None) -> pd.DataFrame:
     "P(reasonable) against unreasonable for each label, asked one at a time."
     check_texts(task.ids, task.texts)
     shown = _shots_of(task, shots, seed, unary_demonstrations)
     prompts = [unary_prompts(text, task.labels, shown, task.kind)[:len(task.labels)] for text in task.texts]
-    asked = ask_questions(lm, prompts, ("reasonable", "unreasonable"), progress, "unary breakdown", no_cache)
+    asked = ask_questions(lm, prompts, ("reasonable", "unreasonable"), progress, "unary breakdown", no_cache, folder)
     values = np.stack([softmax(rows.astype(float), axis=1)[:, 0] for rows in asked.logprobs])
     if not task.labels.is_multi:
         values = values / values.sum(1, keepdims=True)
@@ -334,14 +341,14 @@ class PairAnswers:
 
 
 def ask_pairs(lm: LM, task: AnnotatedTexts, shots: int = 10, seed: int = 0, both_orders: bool = True, progress: bool = True,
-              no_cache: bool = False) -> PairAnswers:
+              no_cache: bool = False, folder: str | Path | None = None) -> PairAnswers:
     "Ask which of two outcomes fits better, of all pairs of labels and `none`; both ways round, or the earlier one first."
     check_texts(task.ids, task.texts)
     shown, outcomes = _shots_of(task, shots, seed, binary_demonstrations), task.labels.outcomes
     pairs = list(combinations(range(len(outcomes)), 2))
     pairs = pairs + [(b, a) for a, b in pairs] if both_orders else pairs
     prompts = [binary_prompts(text, [(outcomes[a], outcomes[b]) for a, b in pairs], shown, task.kind) for text in task.texts]
-    asked = ask_questions(lm, prompts, ("a", "b"), progress, "binary breakdown", no_cache)
+    asked = ask_questions(lm, prompts, ("a", "b"), progress, "binary breakdown", no_cache, folder)
     first_wins = np.stack([softmax(rows.astype(float), axis=1)[:, 0] for rows in asked.logprobs])
     return PairAnswers(first_wins, pairs, tuple(outcomes), tuple(task.ids), asked)
 
@@ -389,11 +396,12 @@ def marginals(lm: LM, task: AnnotatedTexts, shots: int = 10, seed: int = 0, prog
 
 
 @zero_shot_method("model", "marginals, batch-calibrated")
-def batch_marginals(lm: LM, task: AnnotatedTexts, shots: int = 10, seed: int = 0, progress: bool = True, prior=None, **options) -> pd.DataFrame:
+def batch_marginals(lm: LM, task: AnnotatedTexts, shots: int = 10, seed: int = 0, progress: bool = True, prior=None,
+                    folder: str | Path | None = None, **options) -> pd.DataFrame:
     "The same after each step's mean over all texts is divided out."
     if prior is None:
-        prior = step_prior(probe_steps(lm, task, shots, seed=seed, decoding="guided", progress=progress))
-    return inclusion_marginals(lm, task, shots, seed=seed, prior=prior, progress=progress, **options)
+        prior = step_prior(probe_steps(lm, task, shots, seed=seed, decoding="guided", progress=progress, folder=_below(folder, "prior")))
+    return inclusion_marginals(lm, task, shots, seed=seed, prior=prior, progress=progress, folder=_below(folder, "trees"), **options)
 
 
 @zero_shot_method("model", "marginals, 20 samples")
@@ -403,9 +411,10 @@ def marginals_from_samples(lm: LM, task: AnnotatedTexts, shots: int = 10, seed: 
 
 
 @zero_shot_method("model")
-def depth_first(lm: LM, task: AnnotatedTexts, shots: int = 10, seed: int = 0, cutoff: float = 0.02, progress: bool = True) -> pd.DataFrame:
+def depth_first(lm: LM, task: AnnotatedTexts, shots: int = 10, seed: int = 0, cutoff: float = 0.02, progress: bool = True,
+                folder: str | Path | None = None) -> pd.DataFrame:
     "Marginal over continuations with a probability cut-off; what lies below it is dropped (arXiv 2511.22312)."
-    return inclusion_bounds(lm, task, shots, tolerance=0, most_looks=None, cutoff=cutoff, seed=seed, progress=progress).low
+    return inclusion_bounds(lm, task, shots, tolerance=0, most_looks=None, cutoff=cutoff, seed=seed, progress=progress, folder=folder).low
 
 # %% ../nbs/08_zero_shot.ipynb #ee7beb8c
 def draw_prompt(task: AnnotatedTexts, seed: int) -> AnnotatedTexts:
@@ -429,21 +438,23 @@ def average_prompts(
     shots: int = 10,
     label_orders: bool = True,  # each seed lists the labels in an order of its own (0: as they are)
     demonstrations: bool = True,  # each seed draws demonstrations of its own
+    folder: str | Path | None = None,  # keep finished batches in folders of it, and go on with what is there
     **options,  # of `zero_shot`
 ) -> pd.DataFrame:
     "Mean marginals (n, L) of a method over prompts; `.attrs['variance']` is the mean variance over them."
     if not len(seeds):
         raise ValueError("there is no seed to average over: give at least one")
-    runs = [zero_shot(lm, draw_prompt(task, seed) if label_orders else task, [method], shots, seed if demonstrations else seeds[0], **options)
-            for seed in seeds]
+    runs = [zero_shot(lm, draw_prompt(task, seed) if label_orders else task, [method], shots, seed if demonstrations else seeds[0],
+                      folder=_below(folder, f"prompt {seed}"), **options) for seed in seeds]
     scores = mean_scores([run[method] for run in runs])
     return scores[list(task.labels)]
 
 
 @zero_shot_method("model", "max_over_generations, averaged")
-def averaged_max_over_generations(lm: LM, task: AnnotatedTexts, shots: int = 10, seed: int = 0, progress: bool = True) -> pd.DataFrame:
+def averaged_max_over_generations(lm: LM, task: AnnotatedTexts, shots: int = 10, seed: int = 0, progress: bool = True,
+                                  folder: str | Path | None = None) -> pd.DataFrame:
     "Max-over-generations averaged over 4 prompts: other demonstrations, labels in another order."
-    return average_prompts(lm, task, seeds=range(seed, seed + 4), shots=shots, progress=progress)
+    return average_prompts(lm, task, seeds=range(seed, seed + 4), shots=shots, progress=progress, folder=folder)
 
 # %% ../nbs/08_zero_shot.ipynb #114c4195
 def zero_shot(
@@ -454,6 +465,7 @@ def zero_shot(
     seed: int = 0,
     trace: Trace | None = None,  # for the methods that read one; None: probed here
     progress: bool = True,
+    folder: str | Path | None = None,  # keep finished batches in folders of it, one a method, and go on with what is there
     **probing,  # of `probe_steps`
 ) -> dict[str, pd.DataFrame]:
     """Marginals (n, L) by method name, ready for `align_report`.
@@ -466,9 +478,15 @@ def zero_shot(
     if wrong := [name for name in names if name not in methods_for(task)]:
         raise ValueError(f"{wrong[0]!r} is for tasks with several labels; {task.name} has no `none`")
     if trace is None and any(METHODS[name].needs == "trace" for name in names):
-        trace = probe_steps(lm, task, shots, seed=seed, progress=progress, **probing)
+        trace = probe_steps(lm, task, shots, seed=seed, progress=progress, folder=_below(folder, "trace"), **probing)
+    kept = lambda name: {"folder": _below(folder, name)} if folder else {}
     return {name: METHODS[name].function(trace) if METHODS[name].needs == "trace" else
-            METHODS[name].function(lm, task, shots=shots, seed=seed, progress=progress) for name in names}
+            METHODS[name].function(lm, task, shots=shots, seed=seed, progress=progress, **kept(name)) for name in names}
+
+
+def _below(folder, name: str) -> Path | None:
+    "The folder `name` in `folder`, where there is one."
+    return Path(folder) / name if folder else None
 
 
 SINGLE_LABEL_METHODS = ("hard", "compare_to_none", "unary_breakdown", "binary_breakdown", "binary_breakdown, both orders")

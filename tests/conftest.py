@@ -3,7 +3,11 @@ import os
 import pytest
 import torch
 from hypothesis import settings
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mlc_notebooks.models import LM, load_lm
 
@@ -51,3 +55,19 @@ def tiny_lms(base_lm):
     make = lambda kind, shape: AutoModelForCausalLM.from_config(
         AutoConfig.for_model(kind, vocab_size=len(base_lm.tokenizer), eos_token_id=base_lm.tokenizer.eos_token_id, **shape))
     return {kind: LM(kind, make(kind, shape).eval(), base_lm.tokenizer) for kind, shape in _ARCHITECTURES.items()}
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    "A Llama with random weights that reads and writes bytes."
+    torch.manual_seed(0)
+    folder, letters = tmp_path_factory.mktemp("tiny"), sorted(ByteLevel.alphabet())
+    tokens = Tokenizer(BPE({letter: i for i, letter in enumerate(["<end>", *letters])}, []))
+    tokens.pre_tokenizer, tokens.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>").save_pretrained(folder)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                         num_key_value_heads=2, eos_token_id=0, bos_token_id=None, pad_token_id=0))
+    with torch.no_grad():
+        model.lm_head.weight *= 10  # or all bytes would be about equally likely
+    model.save_pretrained(folder)
+    return folder

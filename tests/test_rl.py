@@ -7,11 +7,6 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mlc_notebooks import rl
 from mlc_notebooks.data import AnnotatedTexts, load_task
@@ -71,22 +66,6 @@ def test_loss_and_gradient_against_the_written_out_sum():
             gradient[i, t] = (-float(advantages[i]) + beta * (1 - ratio)) * score / 2
     assert float(loss.detach()) == pytest.approx(expected) and float(kl) == pytest.approx(expected_kl)
     np.testing.assert_allclose(logits.grad.numpy(), gradient, atol=1e-12)
-
-
-@pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory):
-    "A Llama with random weights that reads and writes bytes."
-    torch.manual_seed(0)
-    folder, letters = tmp_path_factory.mktemp("tiny"), sorted(ByteLevel.alphabet())
-    tokens = Tokenizer(BPE({letter: i for i, letter in enumerate(["<end>", *letters])}, []))
-    tokens.pre_tokenizer, tokens.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
-    PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>").save_pretrained(folder)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                                         num_key_value_heads=2, eos_token_id=0, bos_token_id=None, pad_token_id=0))
-    with torch.no_grad():
-        model.lm_head.weight *= 10  # or all bytes would be about equally likely
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
