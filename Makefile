@@ -13,7 +13,7 @@ ifneq ($(wildcard ../shared/data),)
 export MLC_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: demo lab test sync-check nbdev-test pytest tutorials readme readme-check adapter benchmark benchmark-rivals benchmark-cost growth studies
+.PHONY: demo lab test sync-check nbdev-test pytest tutorials readme readme-check adapter recorded benchmark benchmark-rivals benchmark-cost growth studies
 
 demo: $(READY)
 	$(BIN)/mlc-probe --task goemotions brighter-eng --n 64 --sample main --seed 0 --out $(DEMO)
@@ -68,6 +68,10 @@ readme-check: $(READY)
 # Train the embedded adapter again (log.csv beside it has the minutes that the recorded run took).
 adapter: $(READY)
 	$(BIN)/python -c 'from mlc_notebooks.emotions import train_emotions; train_emotions()'
+
+# Train and ask again for tutorials 8 and 9, which read what this writes; it goes on where it was stopped. About an hour on a core.
+recorded: $(READY)
+	MLC_RETRAIN=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level WARN nbs/tutorials/0[89]_*.ipynb
 
 # Of a quiet machine; benchmarks/README.md says how to read it. RECORD=--record also copies the tables to benchmarks/recorded.
 RIVALS ?= .venv-rivals

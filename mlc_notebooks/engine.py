@@ -401,7 +401,7 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     return shared
 
 
-def batch_size_for(lm: LM, tokens_per_text: int, megabytes: int = 400, most: int = 32) -> int:
+def batch_size_for(lm: LM, tokens_per_text: int, megabytes: int = 400, most: int = 64) -> int:
     "Texts at once such that their keys and values stay within `megabytes`; beyond `most` a CPU gains nothing."
     config = lm.model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

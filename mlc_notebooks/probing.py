@@ -163,7 +163,7 @@ def free_decoder(lm: LM, tokens: AnswerTokens, limit: int, start: Node) -> Gener
         if list_is_over(text, tokens.labels, tokens.fmt, newline):
             break
         if not ahead or guessed[0] != ids[-1]:
-            guessed = [ids[-1], *tokens.continuation(ids)[:limit - len(ids)]]
+            guessed = [ids[-1], *(tokens.continuation(ids) or _as_before(ids))[:limit - len(ids)]]
             ahead = yield seen[-1].node, _single(guessed)
         seen.append(ahead[0])
         ahead, guessed = ahead[1:], guessed[1:]
@@ -175,6 +175,12 @@ def free_decoder(lm: LM, tokens: AnswerTokens, limit: int, start: Node) -> Gener
         flags.add("forced")
         steps = [Step("first", Node(start, tokens.opening) if tokens.opening else start, None, None, flags={"forced"})]
     return Decoded(text, steps, flags, parsed.outcomes)
+
+
+def _as_before(ids, most: int = 8):
+    "What followed the last three tokens when they stood here before: models that do not stop repeat themselves."
+    at = next((at for at in range(len(ids) - 1, 2, -1) if ids[at - 3:at] == ids[-3:]), len(ids))
+    return ids[at:at + most]
 
 
 def _single(ids):
