@@ -217,7 +217,7 @@ def test_early_stopping_is_resumed_too(tiny, tmp_path, monkeypatch):
     "Stopped for want of progress, interrupted before the model was written: the next call does not train on."
     task, settings = made_task(), {"epochs": 6, "patience": 1, "learning_rate": 0.05}
     whole = fit(tiny, task, out=tmp_path / "whole", **settings)
-    assert len(whole.log) < 6 and whole.log["dev_loss"].idxmin() == len(whole.log) - 2
+    assert len(whole.log) < 6 and whole.log["dev_l1"].idxmin() == len(whole.log) - 2
     with monkeypatch.context() as patch:
         patch.setattr(Demux, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
