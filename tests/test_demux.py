@@ -196,9 +196,9 @@ def interrupted_after(monkeypatch, steps, run):
             run()
 
 
-@pytest.mark.parametrize("steps, torn", [(3, False), (7 + 2, False), (2 * 7 + 4, False), (2 * 7 + 4, True)])
+@pytest.mark.parametrize("steps, torn", [(3, False), (6 + 2, False), (2 * 6 + 4, False), (2 * 6 + 4, True)])
 def test_an_interrupted_run_ends_with_the_same_weights(tiny, tmp_path, monkeypatch, steps, torn):
-    "24 texts are 6 steps and one dev batch an epoch: interrupted in the first, second and third epoch, or while a checkpoint is written."
+    "24 texts are 6 steps an epoch: interrupted in the first, second and third epoch, or while a checkpoint is written."
     task = made_task()
     whole = fit(tiny, task, out=tmp_path / "whole")
     interrupted_after(monkeypatch, steps, lambda: fit(tiny, task, out=tmp_path / "parts"))

@@ -49,11 +49,12 @@ def test_label_orders(base_lm):
         list_examples(base_lm, task, "random")
 
 
-def test_loss_and_gradient_equal_a_plain_computation(tiny, examples):
+@pytest.mark.parametrize("packed", [False, True])
+def test_loss_and_gradient_equal_a_plain_computation(tiny, examples, packed):
     model, batch = load_lm(tiny).model.train(), examples[:3]
-    total, count = answer_loss(model, batch, 2)
+    total, count = answer_loss(model, batch, 2, packed)
     total.backward()
-    packed = {name: p.grad.clone() for name, p in model.named_parameters()}
+    fast = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     slow, tokens = 0.0, 0
     for example in batch:  # one row at a time, every logit, float32
@@ -65,7 +66,7 @@ def test_loss_and_gradient_equal_a_plain_computation(tiny, examples):
     assert tokens == count
     assert float(total.detach()) == pytest.approx(float(slow.detach()), rel=5e-3)  # bfloat16 against float32
     for name, p in model.named_parameters():
-        assert torch.nn.functional.cosine_similarity(packed[name].flatten(), p.grad.flatten(), dim=0) > 0.99, name
+        assert torch.nn.functional.cosine_similarity(fast[name].flatten(), p.grad.flatten(), dim=0) > 0.99, name
 
 
 def test_batches_of_similar_length_hold_every_example_once(examples):
@@ -81,18 +82,18 @@ class Stop(Exception):
 @pytest.mark.parametrize("settings", [
     TuningSettings(r=4, batch_size=4, dev_every=2, learning_rate=1e-2),
     TuningSettings(r=None, batch_size=4, dev_every=2, learning_rate=1e-2),
-    TuningSettings(r=None, batch_size=2, dev_every=2, learning_rate=0.05, patience=2)])  # the dev loss soon rises
+    TuningSettings(r=None, batch_size=2, dev_every=2, learning_rate=0.2, patience=2)])  # the dev loss soon rises
 def test_a_stopped_run_ends_like_one_that_was_not(tiny, examples, tmp_path, monkeypatch, settings):
     times = 2 if settings.patience is None else 4
     run = lambda folder: fine_tune(load_lm(tiny), examples * times, examples[:4], folder, settings, progress=False)
     whole = run(tmp_path / "whole")
 
     inner, calls = sft.answer_loss, []
-    def stop_at_the_sixth(model, batch, pad):
+    def stop_at_the_sixth(model, *batch):
         calls.append(model.training)
         if sum(calls) == 6:
             raise Stop
-        return inner(model, batch, pad)
+        return inner(model, *batch)
     monkeypatch.setattr(sft, "answer_loss", stop_at_the_sixth)
     with pytest.raises(Stop):
         run(tmp_path / "stopped")
@@ -133,10 +134,10 @@ def test_a_finished_run_is_not_run_again_and_another_is_refused(tiny, examples, 
 
 
 def test_early_stopping_goes_back_to_the_lowest_dev_loss(tiny, examples, tmp_path):
-    settings = TuningSettings(r=None, batch_size=2, dev_every=2, learning_rate=0.05, patience=2)
+    settings = TuningSettings(r=None, batch_size=2, dev_every=2, learning_rate=0.2, patience=2)
     log = fine_tune(load_lm(tiny), examples * 4, examples[:4], tmp_path, settings, progress=False)
     assert log["step"].max() < 40 and log["dev_loss"].iloc[-1] > log["dev_loss"].min()
-    assert mean_answer_loss(load_lm(tmp_path).model, examples[:4], 2) == pytest.approx(log["dev_loss"].min(), rel=1e-3)
+    assert mean_answer_loss(load_lm(tmp_path).model, examples[:4], 2) == pytest.approx(log["dev_loss"].min(), rel=5e-3)
 
 
 def test_a_diverging_loss_says_so(tiny, examples, tmp_path):
