@@ -306,10 +306,10 @@ def make_task(fmt, labels, asked):
     return fmt, AnnotatedTexts("made", ids, asked, labels, [np.zeros((0, len(labels)), np.uint8)] * len(asked))
 
 
-def tasks(least=1, most=5, **options):
-    "A format, and up to four texts to ask about with labels that the format accepts."
+def tasks(least=1, most=5, most_texts=4, **options):
+    "A format, and some texts to ask about with labels that the format accepts."
     return formats.flatmap(lambda fmt: st.builds(
-        make_task, st.just(fmt), label_sets(least, most, fmt, **options), st.lists(user_texts, min_size=1, max_size=4)))
+        make_task, st.just(fmt), label_sets(least, most, fmt, **options), st.lists(user_texts, min_size=1, max_size=most_texts)))
 
 
 def assert_same_trace(one: Trace, twin: Trace):
@@ -468,7 +468,7 @@ def plain_logprobs(lm, rows, watch):
         same = list(same)
         for i in range(0, len(same), 64):
             logits = lm.model(torch.tensor(same[i:i + 64]), logits_to_keep=1).logits[:, -1]
-            found |= zip(same[i:i + 64], logits.double().log_softmax(-1)[:, watch].numpy())
+            found |= zip(same[i:i + 64], (logits[:, watch] - logits.logsumexp(-1, keepdim=True)).double().numpy())
     return found
 
 
@@ -510,8 +510,8 @@ def every_output(branches):
     return outputs
 
 
-@examples(10)
-@given(architectures, tasks(2, 4, none=st.sampled_from(["none", "nothing"])), st.booleans(), st.integers(1, 20))
+@examples(6)
+@given(architectures, tasks(2, 4, 2, none=st.sampled_from(["none", "nothing"])), st.booleans(), st.integers(1, 20))
 @example("llama", make_task("comma", LabelSet(["joy", "fear"]), ["Hm."]), True, 1)  # the answer opens with nothing
 def test_the_guided_tree_is_a_distribution_and_the_one_made_by_hand(tiny_lms, architecture, task, chat, looks):
     lm, (fmt, task) = tiny_lms[architecture], task
@@ -534,3 +534,24 @@ def test_the_guided_tree_is_a_distribution_and_the_one_made_by_hand(tiny_lms, ar
         assert (part.low.loc[item] <= np.add(marginals, 1e-4)).all() and (part.high.loc[item] >= np.subtract(marginals, 1e-4)).all()
         assert part.low.loc[item].le(part.estimate.loc[item] + 1e-9).all() and part.estimate.loc[item].le(part.high.loc[item] + 1e-9).all()
         assert part.looks[item] <= looks and 0 <= part.missing[item] <= 1
+
+
+@pytest.mark.xfail(strict=True, reason="white space that is folded away, and halves of characters, are counted as cut")
+@examples(20)
+@given(tasks(), st.integers(0, 40), st.booleans())
+@example(make_task("json", LabelSet(["joy"]), ["word " * 60 + "\n " * 60]), 20, False)
+@example(make_task("json", LabelSet(["joy"]), ["word " * 60 + "\U00036084" * 9]), 13, False)
+def test_a_truncated_prompt_leaves_room_for_the_answer(lm, task, shortage, chat):
+    "Or says that there is none."
+    fmt, task = task
+    whole = ask_for_lists(lm, task, shots=0, fmt=fmt, chat=chat)
+    short = LM("short", lm.model, lm.tokenizer)
+    short.__dict__["context_length"] = max(map(len, whole.rows)) + whole.tokens.longest_answer - shortage
+    try:
+        cut = ask_for_lists(short, task, shots=0, fmt=fmt, chat=chat, long_text="truncate")
+    except ValueError as error:
+        assert "lower shots" in str(error)
+    else:
+        assert max(map(len, cut.rows)) + cut.tokens.longest_answer <= short.context_length
+        for row, other, flags in zip(whole.rows, cut.rows, cut.flags, strict=True):
+            assert (row == other) == ("text_truncated" not in flags)
