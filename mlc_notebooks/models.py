@@ -403,6 +403,7 @@ class AnswerTokens:
         self.terminators = np.unique(np.concatenate([self.go, self.stop, quotes])).astype(int)
         self.bare_go = lm.tokens_beginning(self.fmt.go[0][1:]) if self.fmt.bare else None
         self.bare_stop = lm.tokens_beginning(self.fmt.stop[0][1:]) if self.fmt.bare else None
+        self._check_ends()
 
     def _continue(self, before, text):
         "Ids of `text` after `before`: as tokenised together where that leaves `before` alone, else on its own."
@@ -443,6 +444,17 @@ class AnswerTokens:
                 return rests[0] if rests else []
             at, forms = at + len(self.separator), self.later
         return []
+
+    def _check_ends(self):
+        "Raise `ValueError` where a token that ends a label leads to another one: rock and, rock and|esite."
+        ends = set(self.terminators.tolist())
+        for forms in (self.first, self.later):
+            whole = {form.ids: form.outcome for form in forms}
+            for form, cut in [(form, cut) for form in forms for cut in range(1, len(form.ids))]:
+                if form.ids[:cut] in whole and form.ids[cut] in ends:
+                    short, long = (self.labels.outcomes[i] for i in (whole[form.ids[:cut]], form.outcome))
+                    raise ValueError(f"label {long!r} goes on behind {short!r} with a token that ends a label in the format "
+                                     f"{self.fmt.name!r}: rename one, or use the format 'json'")
 
     def collisions(self) -> list[tuple[str, str]]:
         "Pairs of outcomes that share a first token, which the `first_token` reading cannot tell apart (trap 5)."

@@ -163,7 +163,8 @@ class OutputTree:
     def _place(self, text, prefix):
         "The node at which the next label is predicted."
         if not prefix:
-            self.contexts[text, prefix] = Node(self.starts[text], self.tokens.opening)
+            start, opening = self.starts[text], self.tokens.opening  # a line of labels in a chat opens with nothing
+            self.contexts[text, prefix] = Node(start, opening) if opening else start.branch()
         else:
             parent, form = self.contexts[text, prefix[:-1]], self.spelt[_kind(prefix[:-1])][prefix[-1]]
             self.contexts[text, prefix] = Node(parent, [*form.ids, *self.tokens.separator])

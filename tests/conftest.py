@@ -7,9 +7,9 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mlc_notebooks.models import LM, load_lm
+from mlc_notebooks.models import LM, fetch_model, load_lm
 
 # The properties in test_fuzz.py see the same examples in every run. To search longer, among other examples each time:
 #   HYPOTHESIS_PROFILE=search pytest tests/test_fuzz.py     (the same as --hypothesis-profile=search)
@@ -49,12 +49,18 @@ _ARCHITECTURES = {
 
 
 @pytest.fixture(scope="session")
-def tiny_lms(base_lm):
-    "Random models of the architectures that people bring, by name, with SmolLM2's tokenizer."
+def tokenizer():
+    "SmolLM2's."
+    return AutoTokenizer.from_pretrained(fetch_model("smollm2-135m"))
+
+
+@pytest.fixture(scope="session")
+def tiny_lms(tokenizer):
+    "Random models of the architectures that people bring, by name."
     torch.manual_seed(0)
-    make = lambda kind, shape: AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(kind, vocab_size=len(base_lm.tokenizer), eos_token_id=base_lm.tokenizer.eos_token_id, **shape))
-    return {kind: LM(kind, make(kind, shape).eval(), base_lm.tokenizer) for kind, shape in _ARCHITECTURES.items()}
+    ids = dict(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
+    make = lambda kind, shape: AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **ids, **shape)).eval()
+    return {kind: LM(kind, make(kind, shape), tokenizer) for kind, shape in _ARCHITECTURES.items()}
 
 
 @pytest.fixture(scope="session")

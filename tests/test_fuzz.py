@@ -4,18 +4,21 @@ How to search longer than CI does is said in conftest.py.
 """
 import json
 import warnings
-from itertools import combinations, permutations
+from itertools import combinations, groupby, permutations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mlc_notebooks.data import AnnotatedTexts
-from mlc_notebooks.engine import Node, PackedTree, PlainTree, common_prefix, packs
+from mlc_notebooks.engine import Node, PackedTree, PlainTree, common_prefix, packs, prompt_tree
 from mlc_notebooks.labels import FORMATS, LabelSet, list_is_over, parse_answer, surface_forms
-from mlc_notebooks.models import AnswerTokens, Form
-from mlc_notebooks.probing import FormTrie, Trace, probe_steps
+from mlc_notebooks.models import LM, AnswerTokens, Form
+from mlc_notebooks.output_tree import OutputTree, inclusion_bounds
+from mlc_notebooks.probing import FormTrie, StepReader, Trace, ask_for_lists, probe_steps
 from mlc_notebooks.prompts import binary_prompts, check_texts, fold_lines, list_prompts, unary_prompts
 
 
@@ -50,6 +53,9 @@ def label_sets(draw, least=1, most=6, fmt=None, none=nones):
             FORMATS[fmt].check(labels)
     except ValueError:
         assume(False)
+    if fmt == "polysyndeton":  # refused where the tokenizer is known: rock and, rock and|esite
+        pairs = permutations([outcome.casefold() for outcome in labels.outcomes], 2)
+        assume(not any(long.startswith(f"{short} and") for short, long in pairs))
     return labels
 
 
@@ -124,6 +130,12 @@ def test_valid_json_is_read_as_json_reads_it(written, ascii_only, indent):
     assert parsed.flags <= ({"repeated", "invented", "none_mixed"} if written else {"empty"})
 
 
+@pytest.fixture(scope="module")
+def lm(tiny_lms):
+    "Where only the tokenizer matters."
+    return tiny_lms["llama"]
+
+
 SENTINEL = "\ue123"
 chunks = st.one_of(words, st.sampled_from(["\r\n", "\x0b", "\x1c", "\x85", "\u2028", "\t", "\ue0000\ue001", "\ue0001\ue001", "assistant\n"]))
 user_texts = st.builds("".join, st.lists(chunks, min_size=1, max_size=8)).filter(
@@ -156,13 +168,13 @@ def test_a_text_stands_in_the_prompt_once_and_changes_nothing_else(text, ask):
 
 @examples(100)
 @given(user_texts, questions())
-def test_the_model_reads_the_prompt_as_text(base_lm, text, ask):
+def test_the_model_reads_the_prompt_as_text(lm, text, ask):
     "Its ids decode to the prompt, and special tokens are those of the chat's own turns."
-    tokenizer, special = base_lm.tokenizer, set(base_lm.tokenizer.added_tokens_decoder)
+    tokenizer, special = lm.tokenizer, set(lm.tokenizer.added_tokens_decoder)
     for prompt in ask(text)[:2]:
-        ids = base_lm.encode_prompt(prompt)
+        ids = lm.encode_prompt(prompt)
         assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == prompt.plain() and not special & set(ids)
-        ids, turns = base_lm.encode_prompt(prompt, chat=True), prompt.messages()
+        ids, turns = lm.encode_prompt(prompt, chat=True), prompt.messages()
         written = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == written
         marks = [i for i in ids if i in special]
@@ -172,11 +184,11 @@ def test_the_model_reads_the_prompt_as_text(base_lm, text, ask):
 
 @examples(50)
 @given(st.text(max_size=30), st.sampled_from(["\ud800", "\udfff", "\0", ""]), st.text(max_size=5))
-def test_a_text_that_no_model_can_read_is_named(base_lm, before, broken, after):
+def test_a_text_that_no_model_can_read_is_named(lm, before, broken, after):
     text = before + broken + after
     if text.strip() and not broken and "\0" not in text:
         check_texts(["mine"], [text])
-        base_lm.encode_text(text)
+        lm.encode_text(text)
     else:
         with pytest.raises(ValueError, match="item 'mine'"):
             check_texts(["mine"], [text])
@@ -191,16 +203,16 @@ def decode(lm, ids):
 
 @examples(40)
 @given(spelled_sets, st.sampled_from(["\n", "", " "]))
-def test_the_forms_are_the_spellings(base_lm, spelled, before):
+def test_the_forms_are_the_spellings(lm, spelled, before):
     fmt, labels = FORMATS[spelled[0]], spelled[1]
-    tokens = AnswerTokens(base_lm, labels, fmt, before)
-    assert decode(base_lm, tokens.opening) == before + fmt.opening and decode(base_lm, tokens.separator) == fmt.separator
+    tokens = AnswerTokens(lm, labels, fmt, before)
+    assert decode(lm, tokens.opening) == before + fmt.opening and decode(lm, tokens.separator) == fmt.separator
     for kind in ("first", "later"):
         forms, spaces = getattr(tokens, kind), getattr(fmt, f"{kind}_spaces")
         expected = [(position, space + (fmt.lead if outcome != labels.none else "") + fmt.escape(form))
                     for position, outcome in enumerate(labels.outcomes) for space in spaces for form in surface_forms(outcome)]
-        assert sorted((form.outcome, decode(base_lm, form.ids)) for form in forms) == sorted(expected)
-        assert all(decode(base_lm, form.ids[:form.lead]).strip() == (fmt.lead.strip() if form.lead else "") for form in forms)
+        assert sorted((form.outcome, decode(lm, form.ids)) for form in forms) == sorted(expected)
+        assert all(decode(lm, form.ids[:form.lead]).strip() == (fmt.lead.strip() if form.lead else "") for form in forms)
         for one, other in permutations(forms, 2):  # what ends a label cannot begin the rest of another
             if other.ids[:len(one.ids)] == one.ids:
                 assert other.ids[len(one.ids)] not in tokens.terminators
@@ -208,8 +220,8 @@ def test_the_forms_are_the_spellings(base_lm, spelled, before):
 
 @examples(40)
 @given(spelled_sets)
-def test_collisions_are_the_pairs_with_a_common_first_token(base_lm, spelled):
-    tokens = AnswerTokens(base_lm, spelled[1], spelled[0])
+def test_collisions_are_the_pairs_with_a_common_first_token(lm, spelled):
+    tokens = AnswerTokens(lm, spelled[1], spelled[0])
     first = lambda form: form.ids[:form.lead + 1]
     pairs = {frozenset(spelled[1].outcomes[form.outcome] for form in pair) for forms in (tokens.first, tokens.later)
              for pair in combinations(forms, 2) if first(pair[0]) == first(pair[1]) and pair[0].outcome != pair[1].outcome}
@@ -292,13 +304,15 @@ def test_the_common_prefix_leaves_each_row_a_token(rows):
     assert agree(shared) and not agree(shared + 1)
 
 
-@st.composite
-def tasks(draw, least=1, most=5, **options):
-    "A format, and up to four texts to ask about with labels that the format accepts."
-    fmt = draw(formats)
-    labels, asked = draw(label_sets(least, most, fmt, **options)), draw(st.lists(user_texts, min_size=1, max_size=4))
+def make_task(fmt, labels, asked):
     ids = [f"item {i}" for i in range(len(asked))]
     return fmt, AnnotatedTexts("made", ids, asked, labels, [np.zeros((0, len(labels)), np.uint8)] * len(asked))
+
+
+def tasks(least=1, most=5, most_texts=4, **options):
+    "A format, and some texts to ask about with labels that the format accepts."
+    return formats.flatmap(lambda fmt: st.builds(
+        make_task, st.just(fmt), label_sets(least, most, fmt, **options), st.lists(user_texts, min_size=1, max_size=most_texts)))
 
 
 def assert_same_trace(one: Trace, twin: Trace):
@@ -352,3 +366,195 @@ def test_free_decoding_agrees_with_its_twin(tiny_lms, architecture, task, way, b
     trace = probe(tiny_lms[architecture], task, fmt=fmt, batch_size=batch_size, **way)
     assert_same_trace(trace, probe(tiny_lms[architecture], task, fmt=fmt, no_cache=True, **way))
     assert (trace.steps.groupby("example")["step"].min()[list(task.ids)] == 1).all() and np.isfinite(trace.logprobs).all()
+
+
+@pytest.fixture(scope="module")
+def scripted(tokenizer):
+    """A GPT-2 that writes what it is told: the embedding of a position points to the token that stands behind it.
+
+    `scripted(start, ids)` makes it write `ids` after a prompt of `start` tokens; the tokens it reads move its probabilities.
+    """
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gpt2", vocab_size=49152, n_embd=64, n_layer=2, n_head=4, n_positions=1024, tie_word_embeddings=False,
+                                  bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    model.lm_head.weight.copy_(torch.nn.functional.normalize(model.lm_head.weight))
+    lm = LM("scripted", model, tokenizer)
+    assert packs(lm)
+
+    def write(start, ids):
+        model.transformer.wpe.weight[start - 1:start - 1 + len(ids)] = 8 * model.lm_head.weight[list(ids)]
+        return lm
+    return write
+
+
+@st.composite
+def written_answers(draw):
+    "A format, labels, and an answer with repeats, inventions and what else a model may write."
+    fmt = draw(formats)
+    labels = draw(label_sets(least=2, most=4, fmt=fmt))
+    entries = st.one_of(st.sampled_from(labels.outcomes), st.sampled_from(labels.outcomes), words.filter(lambda word: word.strip()))
+    items = [FORMATS[fmt].item(entry, labels.none) for entry in draw(st.lists(entries, min_size=1, max_size=4))]
+    opening = draw(st.sampled_from(["", "", "", "Well: ", " ", "\n"]))
+    end = draw(st.sampled_from([FORMATS[fmt].closing, FORMATS[fmt].closing + "\nInput: a", "", ".", ", ", "<|im_start|>"]))
+    return fmt, labels, opening + "\n" + FORMATS[fmt].opening + (FORMATS[fmt].separator + FORMATS[fmt].later_spaces[0]).join(items) + end
+
+
+@torch.inference_mode()
+def next_probs(lm, ids):
+    return lm.model(torch.tensor([ids])).logits[0, -1].double().softmax(-1).numpy()
+
+
+def stop_masses(lm, ids, tokens):
+    "Masses of going on and of stopping after ids, by plain passes."
+    after = next_probs(lm, ids)
+    go, stop = after[tokens.go].sum(), after[tokens.stop].sum()
+    if tokens.bare is not None:
+        behind = next_probs(lm, [*ids, tokens.bare])
+        go, stop = go + after[tokens.bare] * behind[tokens.bare_go].sum(), stop + after[tokens.bare] * behind[tokens.bare_stop].sum()
+    return go, stop
+
+
+@examples(30)
+@given(written_answers())
+def test_free_decoding_finds_the_steps_of_any_answer(scripted, lm, written):
+    fmt, labels, answer = written
+    prompt = lm.encode_prompt(list_prompts(["Hm."], labels, fmt=fmt)[0])
+    tokens, script = AnswerTokens(lm, labels, fmt), [*lm.encode_text(answer), lm.tokenizer.eos_token_id]
+    lm = scripted(len(prompt), script)
+    trace = probe_steps(lm, ["Hm."], labels=labels, shots=0, fmt=fmt, progress=False)
+    output, outcomes, flags = trace.items.iloc[0][["output", "outcomes", "flags"]]
+    is_over = lambda count: list_is_over(lm.decode(script[:count]), labels, FORMATS[fmt])
+    count = min(next(filter(is_over, range(len(script))), len(script) - 1), tokens.longest_answer)
+    fed = count - is_over(count)  # the model does not read the token that ends the list
+    parsed = parse_answer(output, labels, fmt, finished=count < tokens.longest_answer)
+    assert output == lm.decode(script[:count]) and outcomes == parsed.outcomes
+    assert set(flags) - {"near_tie", "boundary_merged"} == parsed.flags | ({"forced"} if not parsed.entries else set())
+    assert list(trace.steps["wrote"]) == ([entry.outcome or entry.text for entry in parsed.entries] or [None])
+    for entry, step in zip(parsed.entries, trace.steps.itertuples()):
+        ends = {lm.decode(script[:end]): end for end in range(count, -1, -1)}
+        begin, end = ends.get(output[:entry.start]), ends.get(output[:entry.end])
+        assert set(step.flags) == entry.flags | ({"misaligned"} if begin is None else set())
+        assert begin is None or step.generated_tokens == begin
+        expected = stop_masses(lm, prompt + script[:end], tokens) if end is not None and end <= fed else (np.nan, np.nan)
+        if output[:entry.end][-1:].isascii():  # else see the test below
+            np.testing.assert_allclose([step.go, step.stop], expected, atol=1e-4)
+
+
+@pytest.mark.xfail(strict=True, reason="free_decoder takes the middle of a character for its end: it decodes to as many characters")
+def test_the_stop_decision_behind_a_letter_of_two_tokens(scripted, lm):
+    labels = LabelSet(["Ä", "B"])
+    prompt = lm.encode_prompt(list_prompts(["Hm."], labels)[0])
+    script = lm.encode_text('\n{"label": ["Ä", "B"]}')
+    trace = probe_steps(scripted(len(prompt), script), ["Hm."], labels=labels, shots=0, progress=False)
+    assert trace.items["outcomes"].iloc[0] == ("Ä", "B")
+    end = next(end for end in range(len(script)) if lm.decode(script[:end]).endswith("Ä"))
+    expected = stop_masses(scripted(len(prompt), script), prompt + script[:end], AnswerTokens(lm, labels))
+    np.testing.assert_allclose(trace.steps[["go", "stop"]].iloc[0], expected, atol=1e-4)
+
+
+def guided_contexts(tokens, start):
+    "The ids before each label step of the guided tree, by the labels written: each in its usual spelling."
+    contexts, count = {(): [*start, *tokens.opening]}, len(tokens.labels)
+    for written in [order for size in range(1, count) for order in permutations(range(count), size)]:
+        forms = tokens.later if len(written) > 1 else tokens.first
+        usual = next(form.ids for form in forms if form.outcome == written[-1])
+        contexts[written] = [*contexts[written[:-1]], *usual, *tokens.separator]
+    return contexts
+
+
+@torch.inference_mode()
+def plain_logprobs(lm, rows, watch):
+    "Log-probabilities (watched,) after each row of ids, by plain passes over rows of one length."
+    found = {}
+    for length, same in groupby(sorted(set(map(tuple, rows)), key=len), key=len):
+        same = list(same)
+        for i in range(0, len(same), 64):
+            logits = lm.model(torch.tensor(same[i:i + 64]), logits_to_keep=1).logits[:, -1]
+            found |= zip(same[i:i + 64], (logits[:, watch] - logits.logsumexp(-1, keepdim=True)).double().numpy())
+    return found
+
+
+def branches_by_hand(lm, start, tokens):
+    "What may follow each prefix, from plain passes: science.md section 2, the guided tree."
+    contexts, none = guided_contexts(tokens, start), len(tokens.labels)
+    forms = lambda written: tokens.later if written else tokens.first
+    bare = [] if tokens.bare is None else [tokens.bare]
+    rows = [(*ids, *form.ids[:end]) for written, ids in contexts.items() for form in forms(written) for end in range(len(form.ids) + 1)]
+    rows += [(*ids, *form.ids, *bare) for written, ids in contexts.items() for form in forms(written)]
+    watch = StepReader(tokens, "exact").watch
+    column, seen = {token: i for i, token in enumerate(watch.tolist())}, plain_logprobs(lm, rows, watch)
+    at = lambda row, ids: seen[tuple(row)][[column[i] for i in ids]]
+    mass = lambda row, ids: np.exp(at(row, ids)).sum()
+    branches = {}
+    for written, ids in contexts.items():
+        exact, go = np.zeros(none + 1), np.zeros(none)
+        for form in forms(written):
+            spelled = sum(at([*ids, *form.ids[:end]], [form.ids[end]])[0] for end in range(len(form.ids)))
+            exact[form.outcome] += np.exp(spelled) * mass([*ids, *form.ids], tokens.terminators)
+        for label in range(none if len(written) + 1 < none else 0):
+            end = [*ids, *next(form.ids for form in forms(written) if form.outcome == label)]
+            quote = mass(end, bare)
+            on = mass(end, tokens.go) + (quote * mass(end + bare, tokens.bare_go) if bare else 0)
+            off = mass(end, tokens.stop) + (quote * mass(end + bare, tokens.bare_stop) if bare else 0)
+            go[label] = on / (on + off)
+        exact[[*written, none] if written else []] = 0
+        branches[written] = exact / exact.sum(), go
+    return branches
+
+
+def every_output(branches):
+    "Probability of each output (labels in order) of a guided tree with these branches."
+    outputs, reached = {(): branches[()][0][-1]}, {(): 1.0}
+    for written, (following, go) in branches.items():
+        for label in np.flatnonzero(following[:-1]):
+            p = reached[written] * following[label]
+            outputs[*written, int(label)], reached[*written, int(label)] = p * (1 - go[label]), p * go[label]
+    return outputs
+
+
+@examples(6)
+@given(architectures, tasks(2, 4, 2, none=st.sampled_from(["none", "nothing"])), st.booleans(), st.integers(1, 20))
+@example("llama", make_task("comma", LabelSet(["joy", "fear"]), ["Hm."]), True, 1)  # the answer opens with nothing
+def test_the_guided_tree_is_a_distribution_and_the_one_made_by_hand(tiny_lms, architecture, task, chat, looks):
+    lm, (fmt, task) = tiny_lms[architecture], task
+    ask = dict(shots=0, fmt=fmt, chat=chat)
+    asked, count = ask_for_lists(lm, task, **ask), len(task.labels)
+    shared = common_prefix(asked.rows)
+    trees = OutputTree(asked, prompt_tree(lm, asked.rows[0][:shared]), StepReader(asked.tokens, "exact"), range(len(task)), shared)
+    exact = inclusion_bounds(lm, task, tolerance=0, most_looks=None, progress=False, **ask)
+    part = inclusion_bounds(lm, task, tolerance=0, most_looks=looks, progress=False, **ask)
+    for text, item in enumerate(task.ids):
+        by_hand = branches_by_hand(lm, asked.rows[text], asked.tokens)
+        mine = {written: (seen.following, seen.go) for written in by_hand for seen in trees.expand([(text, written)])}
+        outputs, expected = every_output(mine), every_output(by_hand)
+        assert abs(sum(outputs.values()) - 1) < 1e-4 and abs(sum(expected.values()) - 1) < 1e-9
+        assert outputs.keys() == expected.keys()
+        np.testing.assert_allclose(list(outputs.values()), list(expected.values()), atol=1e-4, rtol=0)
+        marginals = [sum(p for output, p in expected.items() if label in output) for label in range(count)]
+        for bounds in (exact.low, exact.high, exact.estimate):
+            np.testing.assert_allclose(bounds.loc[item], marginals, atol=1e-4, rtol=0)
+        assert (part.low.loc[item] <= np.add(marginals, 1e-4)).all() and (part.high.loc[item] >= np.subtract(marginals, 1e-4)).all()
+        assert part.low.loc[item].le(part.estimate.loc[item] + 1e-9).all() and part.estimate.loc[item].le(part.high.loc[item] + 1e-9).all()
+        assert part.looks[item] <= looks and 0 <= part.missing[item] <= 1
+
+
+@pytest.mark.xfail(strict=True, reason="white space that is folded away, and halves of characters, are counted as cut")
+@examples(20)
+@given(tasks(), st.integers(0, 40), st.booleans())
+@example(make_task("json", LabelSet(["joy"]), ["word " * 60 + "\n " * 60]), 20, False)
+@example(make_task("json", LabelSet(["joy"]), ["word " * 60 + "\U00036084" * 9]), 13, False)
+def test_a_truncated_prompt_leaves_room_for_the_answer(lm, task, shortage, chat):
+    "Or says that there is none."
+    fmt, task = task
+    whole = ask_for_lists(lm, task, shots=0, fmt=fmt, chat=chat)
+    short = LM("short", lm.model, lm.tokenizer)
+    short.__dict__["context_length"] = max(map(len, whole.rows)) + whole.tokens.longest_answer - shortage
+    try:
+        cut = ask_for_lists(short, task, shots=0, fmt=fmt, chat=chat, long_text="truncate")
+    except ValueError as error:
+        assert "lower shots" in str(error)
+    else:
+        assert max(map(len, cut.rows)) + cut.tokens.longest_answer <= short.context_length
+        for row, other, flags in zip(whole.rows, cut.rows, cut.flags, strict=True):
+            assert (row == other) == ("text_truncated" not in flags)
