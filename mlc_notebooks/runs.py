@@ -144,8 +144,7 @@ class Run(Batches):
         self.folder, self.settings = folder, json.loads(json.dumps(settings))
         for half in folder.glob("*.part"):  # of a process that was killed
             half.unlink()
-        starts = np.cumsum([0, *map(len, plan)])
-        self.batches = [{"part": _part_name(start), "items": list(batch)} for start, batch in zip(starts, plan)]
+        self.batches = _with_parts([{"items": list(batch)} for batch in plan])
         if (folder / "manifest.json").exists():
             self.batches = self._continued(sum(map(len, plan)))
         else:
@@ -164,7 +163,7 @@ class Run(Batches):
         return batches
 
     def _write_manifest(self):
-        content = json.dumps({"settings": self.settings, "batches": self.batches}, ensure_ascii=False)
+        content = json.dumps({"settings": self.settings, "batches": self.batches})
         write_whole(self.folder / "manifest.json", content.encode())
 
     def keep(self, answers: list):
@@ -178,12 +177,10 @@ class Run(Batches):
         self.waiting.popleft()
 
     def halve(self):
-        whole, at = self.waiting[0], self.batches.index(self.waiting[0])
+        at = self.batches.index(self.waiting[0])
         super().halve()
-        middle = len(self.waiting[0]["items"])
-        for half, start in ((self.waiting[0], 0), (self.waiting[1], middle)):
-            half["part"] = _part_name(int(Path(whole["part"]).stem) + start)
         self.batches[at:at + 1] = [self.waiting[0], self.waiting[1]]
+        _with_parts(self.batches)
         self._write_manifest()
 
     def answers(self) -> list:
@@ -192,8 +189,13 @@ class Run(Batches):
         return super().answers()
 
 
-def _part_name(start: int) -> str:
-    return f"{start:07}.safetensors"
+def _with_parts(batches: list[dict]) -> list[dict]:
+    "Give each batch the name of its part: how many positions of the plan come before it."
+    start = 0
+    for batch in batches:
+        batch["part"] = f"{start:07}.safetensors"
+        start += len(batch["items"])
+    return batches
 
 
 def _sha256(content: bytes) -> str:
@@ -208,6 +210,8 @@ def _read_manifest(folder: Path, settings: dict, size: int) -> list[dict]:
         same = before == settings
         if same and sorted(i for batch in batches for i in batch["items"]) != list(range(size)):
             raise ValueError("its plan is not one of all texts")
+        if same and _with_parts([dict(batch) for batch in batches]) != batches:
+            raise ValueError("its parts have other names than its plan gives them")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}/manifest.json is damaged ({error}): delete {folder} to begin anew, or give another folder") from None
     if not same:
@@ -271,7 +275,7 @@ def digest(values) -> str:
 
 def run_settings(lm: LM, rows: Sequence, **asked) -> dict:
     "What decides a run's numbers to the last bit: what was `asked`, the tokens of each text's prompts, model, versions, arithmetic."
-    return {**asked, "texts": len(rows), "prompt_tokens": digest(rows), "model": lm.name, "weights": lm.fingerprint["weights"],
+    return {**asked, "texts": len(rows), "prompts": digest(rows), "model": lm.name, "weights": lm.fingerprint["weights"],
             "tokenizer": lm.fingerprint["tokenizer"], "dtype": lm.dtype, "device": str(lm.device), "threads": torch.get_num_threads(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
             **{package: version(package) for package in ("mlc_notebooks", "torch", "transformers")}}

@@ -224,12 +224,14 @@ def test_a_damaged_part_is_computed_again(lm, whole, tmp_path, harm):
         assert_same_bits(probe(lm, tmp_path), whole)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"settings": 3, "batches": []}', b"\xff\xfe", None])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"settings": 3, "batches": []}', b"\xff\xfe", "[2, 2]", "../2.safetensors"])
 def test_a_damaged_manifest_is_an_error_with_a_way_out(tmp_path, content):
     run = lambda: in_batches(lambda batch: batch, range(4), 2, folder=tmp_path, settings={"a": 1})
     assert run() == [0, 1, 2, 3]
     manifest = tmp_path / "manifest.json"
-    manifest.write_bytes(manifest.read_text().replace("[2, 3]", "[2, 2]").encode() if content is None else content)
+    if isinstance(content, str):  # valid JSON, but not what a run writes
+        content = manifest.read_text().replace("[2, 3]" if content[0] == "[" else "0000002.safetensors", content).encode()
+    manifest.write_bytes(content)
     with pytest.raises(ValueError, match=r"manifest.json is damaged \(.*to begin anew, or give another folder"):
         run()
 
@@ -237,8 +239,8 @@ def test_a_damaged_manifest_is_an_error_with_a_way_out(tmp_path, content):
 @pytest.mark.parametrize("name, changed", [
     ("decoding", dict(decoding="free")), ("reading", dict(reading="first_token")), ("format", dict(fmt="comma")), ("hidden", dict(hidden="first")),
     ("attention", dict(attention=False)), ("batch_size", dict(batch_size=3)), ("seed", dict(seed=1)), ("no_cache", dict(no_cache=True)),
-    ("shots", dict(demonstrations=[("Fine.", ("odd",))])), ("prompt_tokens", dict(demonstrations=[("Fine.", ("odd",))])),
-    ("items", made_task(prefix="i")), ("prompt_tokens", made_task(text="That is text")), ("texts", made_task(15)),
+    ("shots", dict(demonstrations=[("Fine.", ("odd",))])), ("prompts", dict(demonstrations=[("Fine.", ("odd",))])),
+    ("items", made_task(prefix="i")), ("prompts", made_task(text="That is text")), ("texts", made_task(15)),
     ("labels", made_task(labels=["odd", "good", "bad"])),
 ])
 def test_changed_settings_are_refused_and_named(lm, tmp_path, name, changed):
