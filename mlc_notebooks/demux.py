@@ -208,8 +208,8 @@ def fit_demux(
     alpha: float = 0.2,  # weight of the pair penalty
     learning_rate: float = 3e-4,  # for MiniLM; encoders of BERT's size and larger want 2e-5 to 5e-5
     batch_size: int = 16,
-    epochs: int = 3,  # at most
-    patience: int = 1,  # stop after so many epochs without a lower L1 on dev
+    epochs: int = 6,  # at most
+    patience: int = 3,  # stop after so many epochs without a lower L1 on dev
     warmup: float = 0.1,  # share of the steps
     max_tokens: int = 256,  # of question and text together
     seed: int = 0,

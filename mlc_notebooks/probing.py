@@ -168,7 +168,8 @@ def free_decoder(lm: LM, tokens: AnswerTokens, limit: int, start: Node) -> Gener
         seen.append(ahead[0])
         ahead, guessed = ahead[1:], guessed[1:]
     parsed = parse_answer(text, tokens.labels, tokens.fmt, finished=len(ids) < limit, newline=newline)
-    ends = {len(lm.decode(ids[:count])): count for count in range(len(ids), -1, -1)}
+    pieces = [lm.decode(ids[:count]) for count in range(len(ids) + 1)]
+    ends = {len(piece): count for count, piece in reversed(list(enumerate(pieces))) if text.startswith(piece)}  # not within a character
     steps = [_free_step(lm, entry, position, text, ends, seen, start) for position, entry in enumerate(parsed.entries)]
     flags = set(parsed.flags) | ({"near_tie"} if near_tie else set())
     if not steps:
@@ -522,20 +523,19 @@ def _encode_prompts(lm, task, make, tokens, chat, long_text) -> ListQuestions:
     texts, flags, room = list(task.texts), [set() for _ in task.texts], tokens.longest_answer
     prompts = make(texts)
     rows = [lm.encode_prompt(prompt, chat) for prompt in prompts]
-    for i, row in enumerate(rows):
-        surplus = len(row) + room - lm.context_length
-        if surplus > 0 and long_text == "error":
-            raise ValueError(f"item {task.ids[i]!r}: its prompt of {len(row)} tokens and an answer of up to {room} exceed "
+    while long := {i: surplus for i, row in enumerate(rows) if (surplus := len(row) + room - lm.context_length) > 0}:
+        if long_text == "error":
+            i = min(long)
+            raise ValueError(f"item {task.ids[i]!r}: its prompt of {len(rows[i])} tokens and an answer of up to {room} exceed "
                              f"the {lm.context_length} tokens that {lm.name} can read: shorten the text, lower shots, or "
                              "pass long_text='truncate' to cut its end (recorded)")
-        if surplus > 0:
+        for i, surplus in long.items():  # again where the cut text is longer than its tokens were: white space is folded away
             ids = lm.encode_text(texts[i])
             if surplus + 4 >= len(ids):
                 raise ValueError(f"item {task.ids[i]!r}: the instruction and demonstrations leave no room for a text in "
                                  f"the {lm.context_length} tokens that {lm.name} can read: lower shots")
             texts[i] = lm.decode(ids[:len(ids) - surplus - 4])
             flags[i].add("text_truncated")
-    if any(flags):
         prompts = make(texts)
         rows = [lm.encode_prompt(prompt, chat) for prompt in prompts]
     for prompt, row, flag in zip(prompts, rows, flags):

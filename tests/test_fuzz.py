@@ -441,7 +441,6 @@ def test_free_decoding_finds_the_steps_of_any_answer(scripted, lm, written):
             np.testing.assert_allclose([step.go, step.stop], expected, atol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="free_decoder takes the middle of a character for its end: it decodes to as many characters")
 def test_the_stop_decision_behind_a_letter_of_two_tokens(scripted, lm):
     labels = LabelSet(["Ä", "B"])
     prompt = lm.encode_prompt(list_prompts(["Hm."], labels)[0])
@@ -539,7 +538,6 @@ def test_the_guided_tree_is_a_distribution_and_the_one_made_by_hand(tiny_lms, ar
         assert part.looks[item] <= looks and 0 <= part.missing[item] <= 1
 
 
-@pytest.mark.xfail(strict=True, reason="white space that is folded away, and halves of characters, are counted as cut")
 @examples(20)
 @given(tasks(), st.integers(0, 40), st.booleans())
 @example(make_task("json", LabelSet(["joy"]), ["word " * 60 + "\n " * 60]), 20, False)
