@@ -195,13 +195,20 @@ def _probabilities(logits, multi):
     return logits.sigmoid() if multi else logits.softmax(1)
 
 
+def _set_distance(logits, present, multi):
+    "1 - Jaccard similarity of predicted and majority sets, mean over items; two empty sets are the same."
+    chosen = logits >= 0 if multi else torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1]).bool()
+    shared, either = (chosen & present).sum(1), (chosen | present).sum(1)
+    return 1 - torch.where(either > 0, shared / either.clamp(min=1), 1.0).mean()
+
+
 def _write_json(path, values):
     path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 # %% ../nbs/09b_demux.ipynb #4c974a5e
 def fit_demux(
     task: AnnotatedTexts,  # the train split
-    dev: AnnotatedTexts | None = None,  # judges the epochs; None: the task's dev split, else a tenth of the train texts
+    dev: AnnotatedTexts | None = None,  # judges the epochs; None: up to 500 texts of the task's dev split, else a tenth of the train texts
     out: str | Path | None = None,  # folder of checkpoints and of the finished model; None: a temporary one
     encoder: str | Path | None = None,  # folder or hub id of an encoder; None: all-MiniLM-L6-v2, see `load_encoder`
     soft: bool = False,  # cross-entropy against the shares q instead of the majority sets
@@ -209,7 +216,7 @@ def fit_demux(
     learning_rate: float = 3e-4,  # for MiniLM; encoders of BERT's size and larger want 2e-5 to 5e-5
     batch_size: int = 16,
     epochs: int = 6,  # at most
-    patience: int = 3,  # stop after so many epochs without a lower L1 on dev
+    patience: int = 3,  # stop after so many epochs without a lower dev loss
     warmup: float = 0.1,  # share of the steps
     max_tokens: int = 256,  # of question and text together
     seed: int = 0,
@@ -241,7 +248,8 @@ def _train_and_dev(task, dev, seed):
     "The items to train on and those that judge the epochs: no text of the first stands in the second or in another split."
     annotated = lambda texts: texts.select([i for i, votes in enumerate(texts.annotations) if len(votes)])
     train = annotated(without_other_splits(task))
-    dev = task.splits.get("dev") if dev is None else dev
+    if dev is None and (dev := task.splits.get("dev")):
+        dev = dev.sample(min(500, len(dev)), seed)  # a large one would take longer than the training
     if dev is None:
         keys = sorted({text_key(text) for text in train.texts})
         drawn = {keys[i] for i in np.random.default_rng(seed).permutation(len(keys))[:-(-len(keys) // 10)]}
@@ -305,10 +313,10 @@ def _check_settings(out, settings):
 
 
 def _log(history):
-    "One row an epoch: step, train_loss, dev_l1."
+    "One row an epoch: step, train_loss, dev_loss."
     train = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
     dev = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
-    return pd.DataFrame([{"epoch": epoch, "step": step, "train_loss": train.get(step, np.nan), "dev_l1": loss}
+    return pd.DataFrame([{"epoch": epoch, "step": step, "train_loss": train.get(step, np.nan), "dev_loss": loss}
                          for epoch, (step, loss) in enumerate(sorted(dev.items()), 1)])
 
 
@@ -320,8 +328,8 @@ def _trainer(model, rows, dev_rows, out, progress):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             targets, present = inputs.pop("targets"), inputs.pop("present")
             logits = model(**inputs)
-            if not model.training:  # epochs are judged by L1: the loss is mostly R, which grows with exp of the logits
-                return ((_probabilities(logits, multi) - targets).abs().sum(1).mean(), logits)
+            if not model.training:  # epochs are judged without R, which grows with exp of the logits and would drown the rest
+                return demux_loss(logits, targets, present, 0.0, multi) + _set_distance(logits, present.bool(), multi), logits
             loss = demux_loss(logits, targets, present, settings["alpha"], multi)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the loss became {loss.item()} at step {self.state.global_step + 1}: lower the learning rate "

@@ -196,9 +196,9 @@ def interrupted_after(monkeypatch, steps, run):
             run()
 
 
-@pytest.mark.parametrize("steps, torn", [(3, False), (6 + 2, False), (2 * 6 + 4, False), (2 * 6 + 4, True)])
+@pytest.mark.parametrize("steps, torn", [(3, False), (7 + 2, False), (2 * 7 + 4, False), (2 * 7 + 4, True)])
 def test_an_interrupted_run_ends_with_the_same_weights(tiny, tmp_path, monkeypatch, steps, torn):
-    "24 texts are 6 steps an epoch: interrupted in the first, second and third epoch, or while a checkpoint is written."
+    "24 texts are 6 steps and one dev batch an epoch: interrupted in the first, second and third epoch, or while a checkpoint is written."
     task = made_task()
     whole = fit(tiny, task, out=tmp_path / "whole")
     interrupted_after(monkeypatch, steps, lambda: fit(tiny, task, out=tmp_path / "parts"))
@@ -217,7 +217,7 @@ def test_early_stopping_is_resumed_too(tiny, tmp_path, monkeypatch):
     "Stopped for want of progress, interrupted before the model was written: the next call does not train on."
     task, settings = made_task(), {"epochs": 6, "patience": 1, "learning_rate": 0.05}
     whole = fit(tiny, task, out=tmp_path / "whole", **settings)
-    assert len(whole.log) < 6 and whole.log["dev_l1"].idxmin() == len(whole.log) - 2
+    assert len(whole.log) < 6 and whole.log["dev_loss"].idxmin() == len(whole.log) - 2
     with monkeypatch.context() as patch:
         patch.setattr(Demux, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
