@@ -12,6 +12,7 @@ __all__ = ['FORMATS', 'surface_forms', 'LabelSet', 'AnswerFormat', 'answer_forma
 import difflib
 import json
 import re
+import unicodedata
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -35,15 +36,21 @@ def _check_name(name):
         raise ValueError(f"label {name!r} holds a line break or another character that cannot be printed")
 
 
+def _composed(text):
+    "A letter and its accent as one character (NFC), as many tokenizers read them."
+    return unicodedata.normalize("NFC", text)
+
+
 def _spellings(name):
-    return {form.casefold() for form in surface_forms(name)}  # two of the dotless ı, whose capital is that of i
+    return {_composed(form).casefold() for form in surface_forms(name)}  # two of the dotless ı, whose capital is that of i
 
 
 def _check_distinct(names):
     seen = {}
     for name in names:
         if same := [seen[form] for form in _spellings(name) if form in seen]:
-            raise ValueError(f"labels {same[0]!r} and {name!r} are the same up to capital letters: keep one of them")
+            raise ValueError(f"labels {same[0]!r} and {name!r} are the same up to capital letters or how an accent is stored: "
+                             "keep one of them")
         seen.update(dict.fromkeys(_spellings(name), name))
 
 # %% ../nbs/00_labels.ipynb #264def56
@@ -281,10 +288,10 @@ def parse_answer(
         found, flags = _scan_json(text)
     else:
         found, flags = _scan_line(text, fmt, labels.none, finished, newline)
-    spelled = {form: outcome for outcome in labels.outcomes for form in surface_forms(outcome)}
+    spelled = {_composed(form): outcome for outcome in labels.outcomes for form in surface_forms(outcome)}
     entries, seen = [], set()
     for written, start, end in found:
-        outcome = spelled.get(written)
+        outcome = spelled.get(_composed(written))
         mine = {"invented"} if outcome is None else {"repeated"} if outcome in seen else set()
         entries.append(Entry(written, outcome, start, end, frozenset(mine)))
         seen.add(outcome)
