@@ -69,7 +69,7 @@ readme-check: $(READY)
 adapter: $(READY)
 	$(BIN)/python -c 'from mlc_notebooks.emotions import train_emotions; train_emotions()'
 
-# Train and ask again for tutorials 8 and 9, which read what this writes; it goes on where it was stopped. About an hour on a core.
+# Train and ask again for tutorials 8 and 9, which read what this writes; it goes on where it was stopped.
 recorded: $(READY)
 	MLC_RETRAIN=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level WARN nbs/tutorials/0[89]_*.ipynb
 

@@ -149,7 +149,7 @@ class Demux(torch.nn.Module):
             chosen = by_length[start:start + batch_size]
             inputs = self.tokenizer.pad({key: [rows[i][key] for i in chosen] for key in rows[0]}, return_tensors="pt")
             logits[chosen] = self(**inputs.to(self.encoder.device)).cpu().numpy()
-        table = pd.DataFrame(_probabilities(torch.from_numpy(logits), self.labels.is_multi).numpy(), pd.Index(task.ids, name="id"), list(self.labels))
+        table = pd.DataFrame(_probabilities(logits, self.labels.is_multi), pd.Index(task.ids, name="id"), list(self.labels))
         table = table[list(task.labels)]
         table.attrs["truncated"] = cut
         return table
@@ -192,7 +192,8 @@ def _check_labels(labels, task):
 
 
 def _probabilities(logits, multi):
-    return logits.sigmoid() if multi else logits.softmax(1)
+    logits = torch.from_numpy(logits)
+    return (logits.sigmoid() if multi else logits.softmax(1)).numpy()
 
 
 def _set_distance(logits, present, multi):

@@ -211,6 +211,7 @@ class LM:
     model: torch.nn.Module
     tokenizer: object
     packs: bool | None = None  # can the engine pack this architecture? None: not checked yet
+    by_limb: bool = True  # and with attention of its own (`engine.LimbAttention`), or by masks only?
 
     @property
     def device(self) -> torch.device:
@@ -223,7 +224,8 @@ class LM:
     @cached_property
     def context_length(self) -> int:
         "Tokens that prompt and answer may have together."
-        return self.model.config.get_text_config().max_position_embeddings
+        config = self.model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None) or config.seq_length  # so called in Bloom's
 
     @cached_property
     def end_ids(self) -> list[int]:

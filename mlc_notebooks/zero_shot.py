@@ -167,7 +167,7 @@ def ask_questions(lm: LM, prompts: Sequence[Sequence[Prompt]], answers: Sequence
     tree = prompt_tree(lm, every[0][:shared], no_cache)
     trie = []
     _grow_trie(tree.root, [tuple(row[shared:]) for row in rows[0]], trie)
-    size = max(1, 1024 // sum(len(node.ids) for node in trie))  # more texts at once would read past each other's tokens
+    size = max(1, 1024 // sum(len(node.ids) for node in trie))  # texts at once: what fits one pass
     work = lambda batch: _ask_batch(tree, [rows[i] for i in batch], shared, watch)
     kept = folder and run_settings(lm, rows, answers=list(answers), watched=watch, no_cache=no_cache)
     found = in_batches(work, range(len(rows)), size, desc, progress, folder, kept)
