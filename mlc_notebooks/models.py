@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -30,9 +31,10 @@ from pathlib import Path
 import numpy as np
 import platformdirs
 import torch
+import transformers
 from safetensors.torch import load_file
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from .labels import AnswerFormat, LabelSet, answer_format, surface_forms
 from .prompts import Prompt, _quiet_transformers
@@ -334,11 +336,32 @@ def load_lm(
     try:
         with _quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True, **options)
+            if name in WHEEL_MODELS and dtype != WHEEL_MODELS[name].dtype:
+                model = _load_converted(source, getattr(torch, dtype))
+            else:
+                model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True, **options)
     except OSError as error:
         raise OSError(f"cannot load {name!r}: it is none of {sorted([*WHEEL_MODELS, *ADAPTERS])}, no model folder with "
                       f"safetensors, and no hub id that can be reached ({str(error).splitlines()[0]})") from None
     return LM(name, model.to(device).eval(), tokenizer)
+
+
+def _load_converted(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    "A fetched model in another dtype than its file has, tensor by tensor: the library maps the whole file beside the model."
+    with (folder / "model.safetensors").open("rb") as file:  # a length, a header in JSON, then the bytes
+        length, = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        weights = {}
+        for tensor, about in header.items():
+            begin, end = about["data_offsets"]
+            file.seek(8 + length + begin)
+            stored = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[about["dtype"]]
+            weights[tensor] = torch.frombuffer(bytearray(file.read(end - begin)), dtype=stored).view(about["shape"]).to(dtype)
+    config = AutoConfig.from_pretrained(folder)
+    model = getattr(transformers, config.architectures[0]).from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
 
 
 def _adapter(name: str) -> tuple[str, Path] | None:
@@ -384,7 +407,7 @@ class AnswerTokens:
     """What an answer format and a label set look like to a tokenizer.
 
     `first` and `later` are the forms of all outcomes where a list begins and after a separator; `go`, `stop`, `bare` and
-    `terminators` are token ids (science: section 2).
+    `terminators` are token ids (science: section 2). `closing` leads up to the token that ends a list.
     """
     def __init__(self, lm: LM, labels: LabelSet, fmt: AnswerFormat | str = "json", before: str = "\n"):
         self.labels, self.fmt, self.before = labels, answer_format(fmt), before
@@ -405,6 +428,8 @@ class AnswerTokens:
         self.terminators = np.unique(np.concatenate([self.go, self.stop, quotes])).astype(int)
         self.bare_go = lm.tokens_beginning(self.fmt.go[0][1:]) if self.fmt.bare else None
         self.bare_stop = lm.tokens_beginning(self.fmt.stop[0][1:]) if self.fmt.bare else None
+        ends_list = {*self.stop.tolist(), *([] if self.bare is None else self.bare_stop.tolist())}
+        self.closing = self.closing[:next((at for at, token in enumerate(self.closing) if token in ends_list), None)]
         self._check_ends()
 
     def _continue(self, before, text):

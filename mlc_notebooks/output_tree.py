@@ -19,9 +19,9 @@ import pandas as pd
 from scipy.special import softmax
 
 from .data import AnnotatedTexts
-from .engine import Node, batch_size_for, common_prefix, prompt_tree
+from .engine import Node, batch_size_for, common_prefix, in_chunks, prompt_tree
 from .models import LM
-from .probing import ListQuestions, StepReader, ask_for_lists, compute_groups, in_chunks, list_settings
+from .probing import ListQuestions, StepReader, ask_for_lists, compute_groups, list_settings
 from .runs import digest, in_batches
 
 # %% ../nbs/07b_output_tree.ipynb #f2b6a832

@@ -23,8 +23,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
+from transformers import DynamicCache
 
 from .data import AnnotatedTexts
+from .engine import cache_name
 from .labels import FORMATS, LabelSet, list_is_over, parse_answer
 from .models import LM, load_lm
 from .prompts import check_texts, list_prompts
@@ -68,9 +70,10 @@ def _read_prompts(model, prompts, group):
     ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=model.device)
     seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     places = (seen.cumsum(1) - 1).clamp(min=0)
-    read = model(input_ids=ids, attention_mask=seen, position_ids=places, use_cache=True, logits_to_keep=1)
-    read.past_key_values.batch_repeat_interleave(group)
-    return read.logits.repeat_interleave(group, 0), read.past_key_values, seen.repeat_interleave(group, 0)
+    cache = DynamicCache()
+    read = model(input_ids=ids, attention_mask=seen, position_ids=places, use_cache=True, logits_to_keep=1, **{cache_name(model): cache})
+    cache.batch_repeat_interleave(group)
+    return read.logits.repeat_interleave(group, 0), cache, seen.repeat_interleave(group, 0)
 
 
 @torch.no_grad()
@@ -88,7 +91,8 @@ def sample_answers(model: torch.nn.Module, prompts: Sequence[Sequence[int]], gro
         if not going:
             break
         seen = torch.cat([seen, torch.ones_like(drawn)], 1)
-        logits = model(input_ids=drawn, attention_mask=seen, position_ids=seen.sum(1, keepdim=True) - 1, past_key_values=cache).logits
+        places = seen.sum(1, keepdim=True) - 1
+        logits = model(input_ids=drawn, attention_mask=seen, position_ids=places, **{cache_name(model): cache}).logits
     return answers
 
 
@@ -106,7 +110,7 @@ def answer_logprobs(model: torch.nn.Module, prompts: Sequence[Sequence[int]],
     if width > 1:
         places = seen.sum(1, keepdim=True) + torch.arange(width - 1, device=model.device)
         seen = torch.cat([seen, written[:, :-1]], 1)
-        later = model(input_ids=ids[:, :-1], attention_mask=seen, position_ids=places, past_key_values=cache)
+        later = model(input_ids=ids[:, :-1], attention_mask=seen, position_ids=places, **{cache_name(model): cache})
         logits = torch.cat([first, later.logits], 1)
     losses = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="none")
     return -losses.view(ids.shape) * written, written

@@ -252,16 +252,18 @@ def in_batches(
             print(f"{desc}: continuing, {run.done} of {len(positions)} texts are done", file=sys.stderr)
         with tqdm(total=len(positions), initial=run.done, desc=desc, unit="text", disable=not progress) as bar:
             while run.waiting:
-                batch = run.waiting[0]["items"]
+                batch, answers = run.waiting[0]["items"], []
                 try:
-                    answers = list(work(batch))
+                    for answer in work(batch):
+                        answers.append(answer)
+                        bar.update()
                 except (MemoryError, RuntimeError) as error:
                     if len(batch) == 1 or not _out_of_memory(error):
                         raise
+                    bar.update(-len(answers))
                     run.halve()
                 else:
                     run.keep(answers)
-                    bar.update(len(batch))
         return run.answers()
 
 # %% ../nbs/04b_runs.ipynb #67f31d55
