@@ -13,7 +13,7 @@ ifneq ($(wildcard ../shared/data),)
 export MLC_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: demo lab test sync-check nbdev-test pytest tutorials readme readme-check adapter recorded benchmark benchmark-rivals benchmark-cost growth studies
+.PHONY: demo lab test sync-check nbdev-test pytest tutorials readme readme-check adapter recorded benchmark benchmark-rivals benchmark-cost benchmark-training growth studies
 
 demo: $(READY)
 	$(BIN)/mlc-probe --task goemotions brighter-eng --n 64 --sample main --seed 0 --out $(DEMO)
@@ -84,6 +84,9 @@ growth: $(READY)
 
 benchmark-cost: $(READY)
 	$(BIN)/python benchmarks/zero_shot_cost.py
+
+benchmark-training: $(READY)
+	$(BIN)/python benchmarks/training.py
 
 benchmark-rivals: $(RIVALS)/vllm/.installed $(RIVALS)/llama/.installed
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.utils import logging
 
 from .models import LM
 
@@ -466,10 +467,14 @@ def packs(lm: LM, tolerance: float = 1e-3) -> bool:
 
 def _agrees(lm, runs, plain, tolerance) -> bool:
     "Whether the packed tree, as it is used on this model now, gives what the plain one gave."
+    verbosity = logging.get_verbosity()
     try:
+        logging.set_verbosity_error()  # it warns of models that take no attention but their own
         packed = _small_tree(PackedTree(lm, runs[0]), runs)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):  # a model that takes no such mask, cache or attention
         return False
+    finally:
+        logging.set_verbosity(verbosity)
     apart = np.abs(plain.logprobs - packed.logprobs)
     return bool(apart.max() < tolerance if lm.dtype == "float32" else apart.mean() < 0.2)
 
