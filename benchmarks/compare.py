@@ -319,7 +319,7 @@ def step_one(ours: dict) -> dict[int, int]:
     "Tokens of the answer before its first label, by text; texts without a label are left out."
     found = {}
     for example, generated, wrote in zip(ours["examples"], ours["generated"], ours["wrote"]):
-        if example not in found and wrote is not None:
+        if example not in found and isinstance(wrote, str):  # pandas makes NaN of what was not written
             found[example] = generated
     return found
 
