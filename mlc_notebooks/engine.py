@@ -69,16 +69,18 @@ class Reading:
     @classmethod
     def from_logits(cls, logits: torch.Tensor, watch: torch.Tensor) -> "Reading":
         "Of logits (n, vocabulary)."
-        parts = [cls._of_few(some.float(), watch) for some in logits.split(32)]  # a few rows at a time stay in the cache
+        scratch = torch.empty((min(16, len(logits)), logits.shape[1]), dtype=torch.float32, device=logits.device)  # stays in the processor's cache
+        parts = [cls._of_few(scratch[:len(some)].copy_(some), watch) for some in logits.split(16)]
         return cls(*(torch.cat(column).cpu().numpy() for column in zip(*parts)))
 
     @staticmethod
     def _of_few(logits, watch):
-        logprobs = logits[:, watch] - logits.logsumexp(-1, keepdim=True)
-        best = logits.argmax(-1, keepdim=True)
+        "Of a few rows, which are written over."
+        watched, best = logits[:, watch], logits.argmax(-1, keepdim=True)
         first = logits.gather(1, best)
-        second = logits.scatter(1, best, -torch.inf).amax(-1)
-        return logprobs, best[:, 0], first[:, 0] - second
+        others = logits.scatter_(1, best, -torch.inf)
+        margin = first[:, 0] - others.amax(-1)
+        return watched - first - others.sub_(first).exp_().sum(-1, keepdim=True).log1p(), best[:, 0], margin
 
     @classmethod
     def join(cls, parts: Sequence["Reading"]) -> "Reading":
@@ -126,10 +128,7 @@ class PlainTree:
             parts.append(part)
         return Reading.join(parts)
 
-    def mark(self) -> int:
-        return 0
-
-    def rewind(self, mark: int | None = None):
+    def rewind(self):
         "Nothing is kept, so nothing is forgotten."
 
     def forget(self, nodes: Sequence[Node]):
@@ -150,7 +149,6 @@ class Layout:
     "One pass: a row of new tokens."
     ids: list[int]
     positions: list[int]
-    slots: np.ndarray  # where they are kept
     reads: list[int]  # rows whose prediction is read
     twigs: list[Twig]
 
@@ -304,12 +302,12 @@ def in_chunks(items: Sequence, sizes: Iterable[int], most: int) -> Iterator[list
 
 class PackedTree:
     "A prompt tree in one row of tokens with one cache; the shared prefix is computed when it is made."
-    def __init__(self, lm: LM, shared: Sequence[int] = (), tokens_per_pass: int = 512, reads_per_pass: int = 256):
-        self.lm, self.tokens_per_pass, self.reads_per_pass = lm, tokens_per_pass, reads_per_pass
+    def __init__(self, lm: LM, shared: Sequence[int] = (), tokens_per_pass: int = 512):
+        self.lm, self.tokens_per_pass, self.reads_per_pass = lm, tokens_per_pass, _reads_within(lm, 64)
         self.slots, self.trunk, self.slot_positions = _Slots(), 0, np.zeros(0, int)
         self.cache = Cache(layer_class_to_replicate=partial(_SlotLayer, self.slots))
         self.root = Node(None, list(shared), slots=np.zeros(0, int))
-        self.kept = []  # nodes in the order in which they were computed
+        self.kept = {}  # the nodes behind the shared prefix that have slots, in the order in which they were computed
         config = lm.model.config.get_text_config()
         self.window = getattr(config, "sliding_window", None)
         kinds = getattr(config, "layer_types", None)
@@ -318,17 +316,11 @@ class PackedTree:
         self.by_limb = lm.by_limb and bool(_flash) and lm.device.type == "cpu" and not (self.has_two_masks or self.windowed_only)
         if shared:
             self.compute([self.root])
-            self.trunk, self.kept = len(self.root.ids), []
+            self.trunk, self.kept = len(self.root.ids), {}
 
-    def mark(self) -> int:
-        "The present end of the tree, for `rewind`."
-        return len(self.kept)
-
-    def rewind(self, mark: int | None = None):
-        "Forget every node computed after `mark` (None: all but the shared prefix)."
-        mark = mark or 0
-        self.forget(self.kept[mark:])
-        del self.kept[mark:]
+    def rewind(self):
+        "Forget all but the shared prefix."
+        self.forget(list(self.kept))
 
     def forget(self, nodes: Sequence[Node]):
         "Give back the slots of nodes on which nothing more is going to grow."
@@ -337,6 +329,7 @@ class PackedTree:
             if node.slots is not None:  # a node may be named twice
                 given += node.slots.tolist()
                 node.slots = None
+                self.kept.pop(node, None)
         self.slots.give_back(given)
 
     def compute(self, nodes: Sequence[Node], watch: Sequence[int] = (0,), hidden=False, attention=False) -> Reading:
@@ -395,14 +388,14 @@ class PackedTree:
         for (node, begin, end), last in zip(pieces, ends):
             mine = slots[last - (end - begin):last]
             if begin == 0:
-                self.kept.append(node)
+                self.kept[node] = None
             node.slots = mine if begin == 0 else np.concatenate([node.slots, mine])
             limbs.setdefault(node.limb, []).append((node, begin, end, last - (end - begin)))
         twigs = [_twig(some) for mine in limbs.values() for some in in_chunks(mine, (end - begin for _, begin, end, _ in mine), _TWIG)]
         reads = [int(last) - 1 for (node, _, end), last in zip(pieces, ends) if end == len(node.ids)]
         self.slot_positions = np.concatenate([self.slot_positions, np.zeros(self.slots.end - len(self.slot_positions), int)])
         self.slot_positions[slots] = positions
-        return Layout(ids, positions, slots, reads, twigs)
+        return Layout(ids, positions, reads, twigs)
 
     def _masks(self, layout):
         "Additive masks (1, 1, tokens, slots), one for each kind of attention layer."
@@ -418,6 +411,11 @@ class PackedTree:
         if self.windowed_only:
             return additive(sees & near)
         return {"full_attention": additive(sees), "sliding_attention": additive(sees & near)}
+
+
+def _reads_within(lm: LM, megabytes: int) -> int:
+    "Of how many tokens the logits take so much memory."
+    return max(1, megabytes * 2**20 // (lm.model.config.get_text_config().vocab_size * lm.model.dtype.itemsize))
 
 
 _TWIG = 64  # new tokens of a limb that are looked at together: more would see too much of each other, fewer copy more

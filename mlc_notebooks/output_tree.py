@@ -171,13 +171,13 @@ class OutputTree:
 
     def _look(self, chunk) -> dict[tuple[int, Prefix], Branch]:
         "Read the spellings below some prefixes and, behind each label's usual one, whether the list goes on."
-        mark, tries = self.tree.mark(), []
+        tries = []
         for (text, prefix), _ in chunk:
             nodes = self.reader.tries[_kind(prefix)].grow(self.contexts[text, prefix])
             bare = [] if self.tokens.bare is None else [Node(nodes[end], [self.tokens.bare]) for end in self._ends(prefix)]
             tries.append(nodes + bare)
         seen = compute_groups(self.tree, tries, self.reader.watch)
-        self.tree.rewind(mark)
+        self.tree.forget([node for nodes in tries for node in nodes])
         return {key: self._branch(key[1], here, below) for (key, here), below in zip(chunk, seen)}
 
     def _ends(self, prefix) -> list[int]:

@@ -249,7 +249,7 @@ def test_a_trie_holds_every_beginning_once(spellings, lead, leads_only):
 architectures = st.sampled_from(["llama", "qwen2", "gemma3_text", "gpt2", "gpt_neox"])
 runs = st.lists(st.integers(0, 49151), min_size=1, max_size=12)
 new_nodes = st.lists(st.tuples(st.integers(0, 50), st.one_of(st.none(), st.integers(0, 12)), runs), min_size=1, max_size=8)
-calls = st.lists(st.tuples(new_nodes, st.sampled_from(["go on", "mark", "rewind", "start again"])), min_size=1, max_size=5)
+calls = st.lists(st.tuples(new_nodes, st.sampled_from(["go on", "forget", "start again"])), min_size=1, max_size=5)
 
 
 def grow(alive, new):
@@ -276,20 +276,19 @@ def assert_same_reading(one, twin):
 @given(architectures, st.lists(st.integers(0, 49151), max_size=20), st.integers(1, 40), calls, st.sampled_from([(False, False)] * 3 + [(True, True)]))
 def test_a_packed_tree_is_the_plain_one(tiny_lms, architecture, shared, tokens_per_pass, calls, states):
     lm, watch = tiny_lms[architecture], np.arange(0, 49152, 997)
-    packed, plain, marks = PackedTree(lm, shared, tokens_per_pass), PlainTree(lm, shared), []
+    packed, plain = PackedTree(lm, shared, tokens_per_pass), PlainTree(lm, shared)
     alive = [packed.root]
     for new, then in calls:
         nodes = grow(alive, new)
         assert_same_reading(packed.compute(nodes, watch, *states), plain.compute(nodes, watch, *states))
-        if then == "mark":
-            marks.append((packed.mark(), len(alive)))
-        elif then == "rewind" and marks:
-            mark, known = marks.pop()
-            packed.rewind(mark)
-            del alive[known:]
+        if then == "forget":  # every second of those that nothing grows on
+            over = [node for node in alive[1:] if all(other.parent is not node for other in alive)][::2]
+            packed.forget(over)
+            alive = [node for node in alive if node not in over]
         elif then == "start again":
             packed.rewind()
-            del alive[1:], marks[:]
+            del alive[1:]
+        assert packed.slots.end - len(packed.slots.free) == len(shared) + sum(len(node.ids) for node in alive[1:])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3_text", "gpt2", "gpt_neox"])
