@@ -69,17 +69,25 @@ class Reading:
     @classmethod
     def from_logits(cls, logits: torch.Tensor, watch: torch.Tensor) -> "Reading":
         "Of logits (n, vocabulary)."
-        scratch = torch.empty((min(16, len(logits)), logits.shape[1]), dtype=torch.float32, device=logits.device)  # stays in the processor's cache
-        parts = [cls._of_few(scratch[:len(some)].copy_(some), watch) for some in logits.split(16)]
+        size = logits.shape[1]
+        scratch = torch.empty((min(16, len(logits)), -(-size // 256) * 256), dtype=torch.float32, device=logits.device)  # stays in the processor's cache
+        parts = []
+        for some in logits.split(16):
+            scratch[:len(some), :size], scratch[:, size:] = some, -torch.inf
+            parts.append(cls._of_few(scratch[:len(some)], watch))
         return cls(*(torch.cat(column).cpu().numpy() for column in zip(*parts)))
 
     @staticmethod
     def _of_few(logits, watch):
-        "Of a few rows, which are written over."
-        watched, best = logits[:, watch], logits.argmax(-1, keepdim=True)
+        "Of a few rows of float32, a multiple of 256 wide, which are written over."
+        watched, blocks = logits[:, watch], logits.view(len(logits), -1, 256)
+        tops = blocks.amax(-1)  # the place of a maximum is slow to find, the maximum is not: first its block, then where in it
+        block = tops.argmax(-1, keepdim=True)
+        in_block = lambda: blocks.gather(1, block[..., None].expand(-1, -1, 256))[:, 0]
+        best = 256 * block + in_block().argmax(-1, keepdim=True)
         first = logits.gather(1, best)
         others = logits.scatter_(1, best, -torch.inf)
-        margin = first[:, 0] - others.amax(-1)
+        margin = first[:, 0] - tops.scatter_(1, block, in_block().amax(-1, keepdim=True)).amax(-1)
         return watched - first - others.sub_(first).exp_().sum(-1, keepdim=True).log1p(), best[:, 0], margin
 
     @classmethod
@@ -164,30 +172,37 @@ class Layout:
 _flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # gives the log-sum-exp too
 
 
+_LANES = 32  # keys are taken in multiples of this: a few left over at the end of each row of scores can double its time
+
+
 class _Block:
-    "Twigs of about one size side by side, padded to the largest."
-    def __init__(self, twigs: Sequence[Twig], dtype: torch.dtype):
-        self.shape = count, width, length = len(twigs), max(len(t.rows) for t in twigs), max(len(t.slots) for t in twigs)
+    "Twigs of about one size side by side, padded to the largest; `before` are slots that all of them see."
+    def __init__(self, twigs: Sequence[Twig], before: np.ndarray, dtype: torch.dtype):
+        count, width, longest = len(twigs), max(len(t.rows) for t in twigs), max(len(t.slots) for t in twigs) + len(before)
+        self.shape = count, width, length = count, width, -(-longest // _LANES) * _LANES
         rows, slots, visible = np.zeros((count, width), int), np.zeros((count, length), int), np.zeros((count, width, length), bool)
+        slots[:, :len(before)], visible[:, :, :len(before)] = before, True
         for i, twig in enumerate(twigs):
-            rows[i, :len(twig.rows)], slots[i, :len(twig.slots)] = twig.rows, twig.slots
-            visible[i, :len(twig.rows), :len(twig.slots)] = twig.sees
+            end = len(before) + len(twig.slots)
+            rows[i, :len(twig.rows)], slots[i, len(before):end] = twig.rows, twig.slots
+            visible[i, :len(twig.rows), len(before):end] = twig.sees
             visible[i, len(twig.rows):, 0] = True  # rows of padding see something, so that nothing is divided by zero
         self.rows, self.slots = torch.from_numpy(rows).flatten(), torch.from_numpy(slots).flatten()
         self.mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(torch.from_numpy(~visible), torch.finfo(dtype).min)
         self.masks = {}  # by query heads a key head
 
     def __call__(self, query, key, value, scale):
-        "query (1, heads, tokens, d), key and value (1, key heads, slots, d): (heads, rows, d) and log-sum-exps (heads, rows)."
-        (count, width, length), (_, heads, _, size), kv = self.shape, query.shape, key.shape[1]
+        "query (tokens, heads, d), key and value (slots, key heads, d): (rows, heads x d) and log-sum-exps (rows, heads)."
+        (count, width, length), (_, heads, size), kv = self.shape, query.shape, key.shape[1]
         group = heads // kv  # query heads that share a key head
         if group not in self.masks:
             self.masks[group] = self.mask.repeat(1, group, 1)[:, None]
-        spread = query[0].index_select(1, self.rows).view(kv, group, count, width, size).permute(2, 0, 1, 3, 4)
-        pick = lambda states: states[0].index_select(1, self.slots).view(kv, count, length, size).transpose(0, 1)
-        own, sums = _flash(spread.reshape(count, kv, group * width, size), pick(key), pick(value), attn_mask=self.masks[group], scale=scale)
-        own = own.reshape(count, kv, group, width, size).permute(1, 2, 0, 3, 4).reshape(heads, count * width, size)
-        return own, sums.reshape(count, kv, group, width).permute(1, 2, 0, 3).reshape(heads, count * width)
+        pick = lambda states, which, shape: states.flatten(1).index_select(0, which).view(count, *shape, size)  # whole rows: fast
+        spread = pick(query, self.rows, (width, kv, group)).permute(0, 2, 3, 1, 4).reshape(count, kv, group * width, size)
+        keys, values = (pick(states, self.slots, (length, kv)).transpose(1, 2) for states in (key, value))
+        own, sums = _flash(spread, keys, values, attn_mask=self.masks[group], scale=scale)
+        own = own.unflatten(2, (group, width)).permute(0, 3, 1, 2, 4).reshape(count * width, heads * size)
+        return own, sums.unflatten(2, (group, width)).permute(0, 3, 1, 2).reshape(count * width, heads)
 
 
 class LimbAttention:
@@ -196,10 +211,11 @@ class LimbAttention:
     No token meets another limb's slots, not even to mask them, and the trunk's keys are not copied for each limb.
     """
     def __init__(self, layout: Layout, dtype: torch.dtype):
-        self.trunk, self.used, of_size = layout.twigs[0].trunk, False, {}
+        trunk, self.used, of_size = layout.twigs[0].trunk, False, {}
+        self.trunk = trunk // _LANES * _LANES  # its last tokens are looked at with the limb
         for twig in layout.twigs:
             of_size.setdefault((len(twig.rows) - 1).bit_length() // 2, []).append(twig)
-        self.blocks = [_Block(twigs, dtype) for twigs in of_size.values()]
+        self.blocks = [_Block(twigs, np.arange(self.trunk, trunk), dtype) for twigs in of_size.values()]
         place, before = np.zeros(len(layout.ids), int), 0  # where each row's result stands among the blocks'
         for block, twigs in zip(self.blocks, of_size.values()):
             for i, twig in enumerate(twigs):
@@ -210,15 +226,16 @@ class LimbAttention:
     def __call__(self, query, key, value, scale):
         "query (1, heads, tokens, d), key and value (1, key heads, slots, d): (1, tokens, heads, d)."
         self.used = True
-        parts, sums = zip(*(block(query, key, value, scale) for block in self.blocks))
-        own = torch.cat(parts, 1).index_select(1, self.place)
+        by_token = [states[0].transpose(0, 1) for states in (query, key, value)]
+        parts, sums = zip(*(block(*by_token, scale) for block in self.blocks))
+        (_, heads, tokens, size), kv = query.shape, key.shape[1]
+        own = torch.cat(parts).index_select(0, self.place).view(tokens, heads, size)
         if self.trunk:
-            (_, heads, tokens, size), kv = query.shape, key.shape[1]
             rows = query.reshape(1, kv, heads // kv * tokens, size)
             trunk, trunk_sums = _flash(rows, key[:, :, :self.trunk], value[:, :, :self.trunk], scale=scale)
-            share = (trunk_sums.reshape(heads, tokens) - torch.cat(sums, 1).index_select(1, self.place)).sigmoid()[..., None]
-            own = own.lerp(trunk.reshape(heads, tokens, size), share.to(own.dtype))
-        return own.transpose(0, 1)[None]
+            share = (trunk_sums.reshape(heads, tokens).T - torch.cat(sums).index_select(0, self.place)).sigmoid()[..., None]
+            own = own.lerp(trunk.reshape(heads, tokens, size).transpose(0, 1), share.to(own.dtype))
+        return own[None]
 
 
 def _attend_to_limbs(module, query, key, value, attention_mask, scaling=None, limbs=None, **rest):
@@ -246,34 +263,34 @@ class _Slots:
 
 
 class _SlotLayer(DynamicLayer):
-    "Keys and values of one layer in a buffer that grows, written in place."
+    "Keys and values of one layer in buffers (slots, key heads, d) that grow, written in place."
     def __init__(self, slots: _Slots):
         super().__init__()
         self.slots = slots
 
     def lazy_initialization(self, keys, values):
         super().lazy_initialization(keys, values)
-        self.keys, self.values = keys[..., :0, :].clone(), values[..., :0, :].clone()
+        self.keys, self.values = (states[0, :, :0].transpose(0, 1).contiguous() for states in (keys, values))
 
     def _written(self, buffer, states):
         "The buffer, made larger where it must be, with the new states in it."
-        old, end = buffer.shape[-2], self.slots.end
+        old, end = len(buffer), self.slots.end
         if end > old:
-            larger = buffer.new_zeros((*buffer.shape[:-2], max(end, int(1.25 * old)), buffer.shape[-1]))
-            larger[..., :old, :] = buffer
+            larger = buffer.new_zeros((max(end, int(1.25 * old)), *buffer.shape[1:]))
+            larger[:old] = buffer
             buffer = larger
-        into = self.slots.into
+        into, states = self.slots.into, states[0].transpose(0, 1)
         if isinstance(into, slice):
-            buffer[..., into, :] = states
+            buffer[into] = states
         else:
-            buffer.index_copy_(-2, into.to(buffer.device), states)
+            buffer.index_copy_(0, into.to(buffer.device), states)
         return buffer
 
     def update(self, keys, values, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         self.keys, self.values = self._written(self.keys, keys), self._written(self.values, values)
-        return self.keys[..., :self.slots.end, :], self.values[..., :self.slots.end, :]
+        return tuple(buffer[:self.slots.end].transpose(0, 1)[None] for buffer in (self.keys, self.values))
 
     def get_seq_length(self):
         return self.slots.end
@@ -304,6 +321,7 @@ class PackedTree:
     "A prompt tree in one row of tokens with one cache; the shared prefix is computed when it is made."
     def __init__(self, lm: LM, shared: Sequence[int] = (), tokens_per_pass: int = 512):
         self.lm, self.tokens_per_pass, self.reads_per_pass = lm, tokens_per_pass, _reads_within(lm, 64)
+        self.multiple = 16 if lm.device.type == "cpu" and lm.model.dtype.itemsize == 2 else 1  # oneDNN compiles and keeps a kernel for each size
         self.slots, self.trunk, self.slot_positions = _Slots(), 0, np.zeros(0, int)
         self.cache = Cache(layer_class_to_replicate=partial(_SlotLayer, self.slots))
         self.root = Node(None, list(shared), slots=np.zeros(0, int))
@@ -355,7 +373,8 @@ class PackedTree:
     @torch.inference_mode()
     def _run(self, pieces, watch, hidden, attention):
         layout = self._layout(pieces)
-        reads = layout.reads or [len(layout.ids) - 1]
+        reads = layout.reads or [0]
+        keep = [*reads, *reads[:1] * (-len(reads) % self.multiple)]
         as_row = lambda values: torch.as_tensor(np.asarray(values)[None], device=self.lm.device)
         limbs = None
         if self.by_limb and not attention and all(twig.trunk == self.trunk for twig in layout.twigs):
@@ -364,13 +383,13 @@ class PackedTree:
         with _attention(self.lm.model, "eager" if attention else "limbs" if limbs else None):
             out = self.lm.model(
                 input_ids=as_row(layout.ids), position_ids=as_row(layout.positions), **how, **{cache_name(self.lm.model): self.cache},
-                use_cache=True, logits_to_keep=torch.as_tensor(reads, device=self.lm.device),
+                use_cache=True, logits_to_keep=torch.as_tensor(keep, device=self.lm.device),
                 output_hidden_states=hidden, output_attentions=attention)
         if limbs and not limbs.used:
             raise RuntimeError(f"{self.lm.name} has attention code of its own: `packs` finds out, and masks are used")
         if not layout.reads:
             return None
-        reading = Reading.from_logits(out.logits[0], watch)
+        reading = Reading.from_logits(out.logits[0, :len(reads)], watch)
         reading.hidden = _hidden(out.hidden_states, reads) if hidden else None
         if attention:
             finished = [node for node, _, end in pieces if end == len(node.ids)]
@@ -379,11 +398,14 @@ class PackedTree:
         return reading
 
     def _layout(self, pieces) -> Layout:
-        "Give the tokens of a pass their slots, and say what each sees."
+        "Give the tokens of a pass their slots, and say what each sees; tokens that fill it up to a `multiple` get theirs for this pass only."
         self.forget([node for node, begin, _ in pieces if begin == 0 and node.slots is not None])  # computed anew
         ids = [i for node, begin, end in pieces for i in node.ids[begin:end]]
         positions = [i for node, begin, end in pieces for i in range(node.depth + begin, node.depth + end)]
-        slots, ends = self.slots.take(len(ids)), np.cumsum([end - begin for _, begin, end in pieces])
+        ends = np.cumsum([end - begin for _, begin, end in pieces])
+        count, filling = len(ids), [0] * (-len(ids) % self.multiple)
+        slots = self.slots.take(count + len(filling))
+        self.slots.give_back(slots[count:].tolist())
         limbs = {}
         for (node, begin, end), last in zip(pieces, ends):
             mine = slots[last - (end - begin):last]
@@ -394,8 +416,8 @@ class PackedTree:
         twigs = [_twig(some) for mine in limbs.values() for some in in_chunks(mine, (end - begin for _, begin, end, _ in mine), _TWIG)]
         reads = [int(last) - 1 for (node, _, end), last in zip(pieces, ends) if end == len(node.ids)]
         self.slot_positions = np.concatenate([self.slot_positions, np.zeros(self.slots.end - len(self.slot_positions), int)])
-        self.slot_positions[slots] = positions
-        return Layout(ids, positions, reads, twigs)
+        self.slot_positions[slots[:count]] = positions
+        return Layout(ids + filling, positions + filling, reads, twigs)
 
     def _masks(self, layout):
         "Additive masks (1, 1, tokens, slots), one for each kind of attention layer."
@@ -453,7 +475,7 @@ def packs(lm: LM, tolerance: float = 1e-3) -> bool:
         rng, size = np.random.default_rng(0), lm.model.config.get_text_config().vocab_size
         window = getattr(lm.model.config.get_text_config(), "sliding_window", None) or 0
         draw = lambda count: rng.integers(0, size, count).tolist()
-        long = min(window + 8 if window < 1100 else 24, lm.context_length - 16)
+        long = min(max(window, _LANES) + 8 if window < 1100 else _LANES + 8, lm.context_length - 16)
         runs = [draw(long), draw(3), draw(2), draw(1), draw(1)]
         plain = _small_tree(PlainTree(lm, runs[0]), runs)
         for lm.by_limb in (True, False):

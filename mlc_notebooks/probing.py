@@ -168,6 +168,7 @@ class Drafts:
 
     What stands behind the last three tokens in most of the answers learned so far comes next, else what the format asks
     for, else what this answer wrote behind the same three tokens before, else what mostly stands behind the last two or one.
+    A guess ends where it is more likely wrong than right.
     """
     def __init__(self, tokens: AnswerTokens):
         self.tokens, self.most, self.following = tokens, len(tokens.opening) + 8, defaultdict(Counter)
@@ -180,20 +181,28 @@ class Drafts:
 
     def guess(self, ids: Sequence[int], room: int) -> list[int]:
         "At most `room` tokens that may follow `ids`."
-        guess, room = [], min(room, self.most)
-        while len(guess) < room and (more := self._next([*ids, *guess])):
+        guess, right, room = [], 1.0, min(room, self.most)
+        while len(guess) < room:
+            more, sure = self._next([*ids, *guess])
+            right *= sure
+            if not more or right < 0.5:
+                break
             guess += more
         return guess[:room]
 
-    def _next(self, ids) -> list[int]:
+    def _next(self, ids) -> tuple[list[int], float]:
+        "Tokens and how sure they are."
         if tuple(ids[-3:]) in self.following:
             return self._mostly(ids[-3:])
-        return self.tokens.continuation(ids) or _as_before(ids) or self._mostly(ids[-2:]) or self._mostly(ids[-1:])
+        if known := self.tokens.continuation(ids) or _as_before(ids):
+            return known, 0.95
+        return max(self._mostly(ids[-2:]), self._mostly(ids[-1:]), key=lambda found: found[1])
 
-    def _mostly(self, context) -> list[int]:
-        "What stands behind `context` more often than all else."
+    def _mostly(self, context) -> tuple[list[int], float]:
+        "What stands behind `context` most often, and how often, as if it had stood there once more with something else behind it."
         seen = self.following.get(tuple(context), Counter())
-        return [token for token, count in seen.items() if 2 * count > seen.total() and token is not None]
+        token, count = max(seen.items(), key=lambda entry: entry[1], default=(None, 0))
+        return ([] if token is None else [token]), count / (seen.total() + 1)
 
 
 def _as_before(ids) -> list[int]:
