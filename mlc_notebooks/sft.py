@@ -311,7 +311,8 @@ def fine_tune(
     state = newest_state(out / "checkpoints")
     if not (state and training_is_over(state)):
         trainer.minutes_before = state["log_history"][-1]["minutes"] if state else 0.0
-        trainer.train(resume_from_checkpoint=state and str(out / "checkpoints" / f"checkpoint-{state['global_step']}"))
+        with _quiet_transformers():  # checkpoints
+            trainer.train(resume_from_checkpoint=state and str(out / "checkpoints" / f"checkpoint-{state['global_step']}"))
         state = newest_state(out / "checkpoints")
     kept = state["global_step"] if settings.patience is None else state["best_global_step"]
     _load_weights(trainer.model, out / "checkpoints" / f"checkpoint-{kept}")
