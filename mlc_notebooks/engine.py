@@ -178,8 +178,8 @@ _LANES = 32  # keys are taken in multiples of this: a few left over at the end o
 class _Block:
     "Twigs of about one size side by side, padded to the largest; `before` are slots that all of them see."
     def __init__(self, twigs: Sequence[Twig], before: np.ndarray, dtype: torch.dtype):
-        count, width, longest = len(twigs), max(len(t.rows) for t in twigs), max(len(t.slots) for t in twigs) + len(before)
-        self.shape = count, width, length = count, width, -(-longest // _LANES) * _LANES
+        longest = max(len(t.slots) for t in twigs) + len(before)
+        self.shape = count, width, length = len(twigs), max(len(t.rows) for t in twigs), -(-longest // _LANES) * _LANES
         rows, slots, visible = np.zeros((count, width), int), np.zeros((count, length), int), np.zeros((count, width, length), bool)
         slots[:, :len(before)], visible[:, :, :len(before)] = before, True
         for i, twig in enumerate(twigs):

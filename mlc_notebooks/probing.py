@@ -194,7 +194,7 @@ class Drafts:
         if tuple(ids[-3:]) in self.following:
             return self._mostly(ids[-3:])
         if known := self.tokens.continuation(ids) or _as_before(ids):
-            return known, 0.95
+            return known, 0.95  # about as often as they are kept
         return max(self._mostly(ids[-2:]), self._mostly(ids[-1:]), key=lambda found: found[1])
 
     def _mostly(self, context) -> tuple[list[int], float]:
