@@ -6,7 +6,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/engine.html.md"""
 
 # %% auto #0
 __all__ = ['Node', 'Reading', 'PlainTree', 'Twig', 'Layout', 'LimbAttention', 'cache_name', 'in_chunks', 'PackedTree', 'packs',
-           'prompt_tree', 'common_prefix', 'tokens_within', 'batch_size_for']
+           'prompt_tree', 'common_prefix', 'TokenRows', 'tokens_within', 'tokens_under_way', 'batch_size_for']
 
 # %% ../nbs/04_engine.ipynb #11262cd5
 import contextlib
@@ -118,6 +118,8 @@ def _attention(model, kind: str | None):
 # %% ../nbs/04_engine.ipynb #ea9ef202
 class PlainTree:
     "A prompt tree that computes every path from its beginning."
+    tokens_per_pass = reads_per_pass = 512  # what is asked for together; here it makes no difference
+
     def __init__(self, lm: LM, shared: Sequence[int] = ()):
         self.lm, self.root = lm, Node(None, list(shared))
 
@@ -246,9 +248,9 @@ AttentionInterface.register("limbs", _attend_to_limbs)
 
 # %% ../nbs/04_engine.ipynb #2effc5a9
 class _Slots:
-    "Which slots of a tree are taken, and where the tokens of the present pass go."
-    def __init__(self):
-        self.end, self.free, self.into = 0, [], slice(0, 0)
+    "Which slots of a tree are taken, and where the tokens of the present pass go; `room` are those that buffers begin with."
+    def __init__(self, room: int):
+        self.room, self.end, self.free, self.into = room, 0, [], slice(0, 0)
 
     def take(self, count: int) -> np.ndarray:
         "As many slots, freed ones first."
@@ -263,10 +265,14 @@ class _Slots:
 
 
 class _SlotLayer(DynamicLayer):
-    "Keys and values of one layer in buffers (slots, key heads, d) that grow, written in place."
+    """Keys and values of one layer in buffers (slots, key heads, d), written in place.
+
+    They are as large as is usually needed from the start: memory that is not written takes none, but what a smaller buffer
+    leaves behind when it grows stays with the process.
+    """
     def __init__(self, slots: _Slots):
         super().__init__()
-        self.slots = slots
+        self.slots, self.known = slots, 0  # slots that have been written
 
     def lazy_initialization(self, keys, values):
         super().lazy_initialization(keys, values)
@@ -274,11 +280,12 @@ class _SlotLayer(DynamicLayer):
 
     def _written(self, buffer, states):
         "The buffer, made larger where it must be, with the new states in it."
-        old, end = len(buffer), self.slots.end
-        if end > old:
-            larger = buffer.new_zeros((max(end, int(1.25 * old)), *buffer.shape[1:]))
-            larger[:old] = buffer
+        end = self.slots.end
+        if end > len(buffer):
+            larger = buffer.new_empty((max(self.slots.room, int(1.25 * end)), *buffer.shape[1:]))
+            larger[:self.known] = buffer[:self.known]
             buffer = larger
+        buffer[self.known:end] = 0  # a pass that fails midway leaves no garbage for those after it
         into, states = self.slots.into, states[0].transpose(0, 1)
         if isinstance(into, slice):
             buffer[into] = states
@@ -290,6 +297,7 @@ class _SlotLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         self.keys, self.values = self._written(self.keys, keys), self._written(self.values, values)
+        self.known = max(self.known, self.slots.end)
         return tuple(buffer[:self.slots.end].transpose(0, 1)[None] for buffer in (self.keys, self.values))
 
     def get_seq_length(self):
@@ -322,7 +330,8 @@ class PackedTree:
     def __init__(self, lm: LM, shared: Sequence[int] = (), tokens_per_pass: int = 512):
         self.lm, self.tokens_per_pass, self.reads_per_pass = lm, tokens_per_pass, _reads_within(lm, 64)
         self.multiple = 16 if lm.device.type == "cpu" and lm.model.dtype.itemsize == 2 else 1  # oneDNN compiles and keeps a kernel for each size
-        self.slots, self.trunk, self.slot_positions = _Slots(), 0, np.zeros(0, int)
+        room = len(shared) + tokens_under_way(lm) + tokens_per_pass
+        self.slots, self.trunk, self.slot_positions = _Slots(room), 0, np.zeros(0, int)
         self.cache = Cache(layer_class_to_replicate=partial(_SlotLayer, self.slots))
         self.root = Node(None, list(shared), slots=np.zeros(0, int))
         self.kept = {}  # the nodes behind the shared prefix that have slots, in the order in which they were computed
@@ -527,12 +536,39 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     return shared
 
 
+class TokenRows(Sequence):
+    "Rows of token ids; what all of them begin with, at least one token left to each, is kept once."
+    def __init__(self, rows: Iterable[Sequence[int]]):
+        first, cuts, self.tails = [], [], []
+        for row in rows:
+            first = first or row
+            cuts.append(common_prefix([first[:cuts[-1] + 1] if cuts else first, row]))
+            self.tails.append(row[cuts[-1]:])
+        self.shared = list(first[:cuts[-1]]) if cuts else []
+        self.tails = [[*first[cuts[-1]:cut], *tail] for cut, tail in zip(cuts, self.tails)]
+
+    def __len__(self):
+        return len(self.tails)
+
+    def __getitem__(self, i: int) -> list[int]:
+        return self.shared + self.tails[i]
+
+    def lengths(self) -> list[int]:
+        "Of each row."
+        return [len(self.shared) + len(tail) for tail in self.tails]
+
+
 def tokens_within(lm: LM, megabytes: int) -> int:
     "How many tokens' keys and values take so much memory."
     config = lm.model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return megabytes * 2**20 // (2 * config.num_hidden_layers * heads * width * torch.finfo(lm.model.dtype).bits // 8)
+
+
+def tokens_under_way(lm: LM) -> int:
+    "Of how many tokens behind the shared prefix keys and values are kept at once in long runs: 100 MB."
+    return tokens_within(lm, 100)
 
 
 def batch_size_for(lm: LM, tokens_per_text: int, megabytes: int = 400, most: int = 64) -> int:

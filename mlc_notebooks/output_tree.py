@@ -19,7 +19,7 @@ import pandas as pd
 from scipy.special import softmax
 
 from .data import AnnotatedTexts
-from .engine import Node, batch_size_for, common_prefix, in_chunks, prompt_tree
+from .engine import Node, batch_size_for, in_chunks, prompt_tree
 from .models import LM
 from .probing import ListQuestions, StepReader, ask_for_lists, compute_groups, list_settings
 from .runs import digest, in_batches
@@ -138,11 +138,11 @@ def sample_outputs(expand: Expand, texts: int, labels: int, samples: int = 20, s
 # %% ../nbs/07b_output_tree.ipynb #7df80d55
 class OutputTree:
     "The trees of one batch of texts on a model; `expand` looks at prefixes and remembers what it saw."
-    def __init__(self, questions: ListQuestions, tree, reader: StepReader, positions: Sequence[int], shared: int,
+    def __init__(self, questions: ListQuestions, tree, reader: StepReader, positions: Sequence[int],
                  prior: np.ndarray | None = None):
         self.tree, self.reader, self.tokens, self.prior = tree, reader, questions.tokens, prior
         tree.rewind()
-        self.starts = [Node(tree.root, questions.rows[i][shared:]) for i in positions]
+        self.starts = [Node(tree.root, questions.rows.tails[i]) for i in positions]
         self.contexts, self.branches, self.started = {}, {}, False
         self.spelt = {kind: _canonical(getattr(self.tokens, kind)) for kind in ("first", "later")}
 
@@ -214,11 +214,10 @@ def _over_texts(lm: LM, task: AnnotatedTexts, work: Callable, how: dict, prior=N
     if not task.labels.is_multi:
         raise ValueError(f"{task.name} is a single-label task: its outputs hold one label, so step 1 is the marginal")
     questions = ask_for_lists(lm, task, **asking)
-    reader, shared = StepReader(questions.tokens, "exact"), common_prefix(questions.rows)
-    tree = prompt_tree(lm, questions.rows[0][:shared])
-    by_length = sorted(range(len(task)), key=lambda i: len(questions.rows[i]))
+    reader, tree = StepReader(questions.tokens, "exact"), prompt_tree(lm, questions.rows.shared)
+    by_length = sorted(range(len(task)), key=lambda i: len(questions.rows.tails[i]))
     size = min(8, batch_size_for(lm, 40 * questions.tokens.longest_answer))
-    run = lambda batch: work(OutputTree(questions, tree, reader, batch, shared, prior).expand, len(batch))
+    run = lambda batch: work(OutputTree(questions, tree, reader, batch, prior).expand, len(batch))
     kept = folder and list_settings(lm, task, questions, prior=None if prior is None else digest(np.asarray(prior).tolist()), **how)
     return in_batches(run, by_length, size, f"output trees of {task.name}", progress, folder, kept)
 

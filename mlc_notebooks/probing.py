@@ -36,7 +36,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from .data import AnnotatedTexts, text_key
-from .engine import Node, PackedTree, batch_size_for, common_prefix, in_chunks, prompt_tree, tokens_within
+from .engine import Node, PackedTree, TokenRows, batch_size_for, in_chunks, prompt_tree, tokens_under_way
 from .labels import AnswerFormat, Entry, LabelSet, list_is_over, parse_answer
 from .models import LM, AnswerTokens
 from .prompts import Template, check_texts, draw_demonstrations, list_prompts
@@ -317,19 +317,26 @@ def _tokens(feed: Feed) -> int:
     return sum(len(node.ids) for node in feed.nodes)
 
 
+def _reads(feed: Feed) -> int:
+    return len(feed.nodes)
+
+
 def run_together(tree, answers: Sequence[Generator], watch, sizes: Sequence[int], most: int, keep: bool = False) -> Iterator:
     """What each of some generators returns, in their order; each pass of the model serves all that are under way.
 
     A generator yields a `Feed` and is sent what is `Seen` behind its nodes. Where one ends, its nodes are forgotten (unless
     `keep`) and others begin: as many as fill a pass, while the sizes of all under way are at most `most`.
     """
-    waiting, under_way, grown, done, told = deque(enumerate(answers)), {}, {}, {}, 0
+    waiting, under_way, grown, done, told, more = deque(enumerate(answers)), {}, {}, {}, 0, 0
     while waiting or under_way:
-        tokens, held = sum(_tokens(feed) for _, feed in under_way.values()), sum(sizes[row] for row in under_way)
-        while waiting and (not under_way or tokens + sizes[waiting[0][0]] <= _TOKENS_AT_ONCE and held + sizes[waiting[0][0]] <= most):
+        tokens, reads = (sum(count(feed) for _, feed in under_way.values()) for count in (_tokens, _reads))
+        held = sum(sizes[row] for row in under_way)
+        while waiting and (not under_way or tokens + sizes[waiting[0][0]] <= tree.tokens_per_pass
+                           and reads + more <= tree.reads_per_pass and held + sizes[waiting[0][0]] <= most):
             row, answer = waiting.popleft()
-            under_way[row], grown[row] = (answer, next(answer)), []
-            tokens, held = tokens + _tokens(under_way[row][1]), held + sizes[row]
+            under_way[row], grown[row] = (answer, feed := next(answer)), []
+            more = _reads(feed)  # those that begin together begin alike
+            tokens, reads, held = tokens + _tokens(feed), reads + more, held + sizes[row]
         reading = tree.compute([node for _, feed in under_way.values() for node in feed.nodes], watch)
         at, over = itertools.count(), []
         for row, (answer, feed) in list(under_way.items()):
@@ -527,7 +534,7 @@ class ListQuestions:
     "The prompts that ask for each text's list of labels, as text and ids."
     tokens: AnswerTokens  # what the answers look like
     prompts: list
-    rows: list[list[int]]
+    rows: TokenRows
     flags: list[set]  # per text: text_truncated, boundary_merged
 
 
@@ -570,8 +577,8 @@ def _encode_prompts(lm, task, make, tokens, chat, long_text) -> ListQuestions:
     "Prompts that leave room for the longest answer; raises `ValueError` naming a text that is too long."
     texts, flags, room = list(task.texts), [set() for _ in task.texts], tokens.longest_answer
     prompts = make(texts)
-    rows = [lm.encode_prompt(prompt, chat) for prompt in prompts]
-    while long := {i: surplus for i, row in enumerate(rows) if (surplus := len(row) + room - lm.context_length) > 0}:
+    rows = TokenRows(lm.encode_prompt(prompt, chat) for prompt in prompts)
+    while long := {i: surplus for i, length in enumerate(rows.lengths()) if (surplus := length + room - lm.context_length) > 0}:
         if long_text == "error":
             i = min(long)
             raise ValueError(f"item {task.ids[i]!r}: its prompt of {len(rows[i])} tokens and an answer of up to {room} exceed "
@@ -585,7 +592,7 @@ def _encode_prompts(lm, task, make, tokens, chat, long_text) -> ListQuestions:
             texts[i] = lm.decode(ids[:len(ids) - surplus - 4])
             flags[i].add("text_truncated")
         prompts = make(texts)
-        rows = [lm.encode_prompt(prompt, chat) for prompt in prompts]
+        rows = TokenRows(lm.encode_prompt(prompt, chat) for prompt in prompts)
     for prompt, row, flag in zip(prompts, rows, flags):
         if not chat and _merges(lm, prompt, row, tokens):
             flag.add("boundary_merged")
@@ -608,7 +615,7 @@ def _probe_batch(tree, suffixes, reader, make_decoder, hidden, attention) -> Ite
     "Answers to a batch of texts: output, outcomes, flags and steps of each."
     tree.rewind()
     starts, drafts, with_states = [Node(tree.root, ids) for ids in suffixes], Drafts(reader.tokens), bool(hidden or attention)
-    sizes, most = [len(ids) + len(reader.tokens.opening) + 8 for ids in suffixes], tokens_within(tree.lm, 100)
+    sizes, most = [len(ids) + len(reader.tokens.opening) + 8 for ids in suffixes], tokens_under_way(tree.lm)
     answers = run_together(tree, [_answer(make_decoder(start, drafts), reader) for start in starts], reader.watch, sizes, most, with_states)
     if not with_states:
         for start, (decoded, found) in zip(starts, answers):
@@ -625,6 +632,12 @@ def _one_answer(decoded, found, places, states) -> tuple:
     rows = [{"wrote": place.step.written, "flags": tuple(sorted(place.step.flags)), "prompt_tokens": place.prompt,
              "generated_tokens": place.length - place.prompt, **values, **state} for place, values, state in zip(places, found, states)]
     return decoded.output, decoded.outcomes, decoded.flags, rows
+
+
+def _turns(by_length: list[int]) -> list[int]:
+    """In which order the texts of a batch have their turn: a few short ones, from which drafts are learned, then from the
+    longest to the shortest, since an answer that goes on for long keeps a pass to itself where nothing is left beside it."""
+    return by_length[:32] + by_length[32:][::-1]
 
 
 def _places(decoded, start):
@@ -697,11 +710,13 @@ def _assemble(task, found, prompt_flags, settings) -> Trace:
 
 def _provenance(lm, task, prompts) -> dict:
     "What was run: task, model, prompt and versions."
-    digest = hashlib.sha256("\0".join(prompt.plain() for prompt in prompts).encode()).hexdigest()[:16]
+    found = hashlib.sha256()
+    for i, prompt in enumerate(prompts):
+        found.update((prompt.plain() if i == 0 else f"\0{prompt.plain()}").encode())
     return {"task": task.name, "texts": len(task), "aggregated": task.aggregated, "sampling": task.sampling,
             "model": lm.name, "dtype": lm.dtype, "device": str(lm.device),
             **{f"{name}_hash": value for name, value in lm.fingerprint.items()},
-            "prompt": prompts[0].plain(), "prompt_hash": digest,
+            "prompt": prompts[0].plain(), "prompt_hash": found.hexdigest()[:16],
             "versions": {"python": platform.python_version(),
                          **{package: version(package) for package in ("mlc_notebooks", "torch", "transformers")}}}
 
@@ -745,18 +760,19 @@ def probe_steps(
     if reading == "first_token":
         _check_collisions(tokens, collisions)
 
-    started, shared = time.time(), common_prefix(asked.rows)
-    tree = prompt_tree(lm, asked.rows[0][:shared], no_cache)
+    started, tails = time.time(), asked.rows.tails
+    tree = prompt_tree(lm, asked.rows.shared, no_cache)
     decoder = {"free": lambda start, drafts: free_decoder(lm, tokens, tokens.longest_answer, start, drafts),
                "guided": lambda start, drafts: guided_decoder(lm, reader, start)}[decoding]
-    by_length = sorted(range(len(task)), key=lambda i: len(asked.rows[i]))
+    by_length = sorted(range(len(task)), key=lambda i: len(tails[i]))
     size = batch_size or (256 if folder else len(task))
     if (hidden or attention) and not batch_size:  # read when a batch is done: until then all of it is kept
-        size = batch_size_for(lm, len(asked.rows[by_length[-1]]) - shared + tokens.longest_answer)
-    work = lambda batch: _probe_batch(tree, [asked.rows[i][shared:] for i in batch], reader, decoder, hidden, attention)
+        size = batch_size_for(lm, len(tails[by_length[-1]]) + tokens.longest_answer)
+    order = [i for at in range(0, len(task), size) for i in _turns(by_length[at:at + size])]
+    work = lambda batch: _probe_batch(tree, [tails[i] for i in batch], reader, decoder, hidden, attention)
     kept = folder and list_settings(lm, task, asked, seed=seed, decoding=decoding, reading=reading, chat=chat, hidden=hidden,
                                     attention=attention, batch_size=batch_size, no_cache=no_cache)
-    found = in_batches(work, by_length, size, f"probing {task.name}", progress, folder, kept)
+    found = in_batches(work, order, size, f"probing {task.name}", progress, folder, kept)
     settings = {**_provenance(lm, task, asked.prompts), "shots": len(asked.prompts[0].demonstrations), "seed": seed,
                 "multi_share": multi_share, "decoding": decoding, "reading": reading, "format": tokens.fmt.name, "chat": chat,
                 "hidden": hidden, "batch_size": size, "packed": isinstance(tree, PackedTree),

@@ -277,7 +277,7 @@ def digest(values) -> str:
 
 def run_settings(lm: LM, rows: Sequence, **asked) -> dict:
     "What decides a run's numbers to the last bit: what was `asked`, the tokens of each text's prompts, model, versions, arithmetic."
-    return {**asked, "texts": len(rows), "prompts": digest(rows), "model": lm.name, "weights": lm.fingerprint["weights"],
+    return {"texts": len(rows), **asked, "prompts": digest(rows), "model": lm.name, "weights": lm.fingerprint["weights"],
             "tokenizer": lm.fingerprint["tokenizer"], "dtype": lm.dtype, "device": str(lm.device), "threads": torch.get_num_threads(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
             **{package: version(package) for package in ("mlc_notebooks", "torch", "transformers")}}

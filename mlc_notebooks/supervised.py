@@ -24,7 +24,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from .data import AnnotatedTexts, text_key
-from .engine import Node, batch_size_for, common_prefix, prompt_tree
+from .engine import Node, batch_size_for, prompt_tree
 from .labels import LabelSet
 from .models import LM
 from .probing import ask_for_lists
@@ -133,15 +133,14 @@ def first_label_states(lm: LM, task: AnnotatedTexts, shots: int = 0, layer: int 
                        progress: bool = True) -> np.ndarray:
     "Hidden states (n, width) of one layer where the first label is about to be written, in the guided format."
     asked = ask_for_lists(lm, task, shots, seed=seed, demonstrations=demonstrations)
-    shared = common_prefix(asked.rows)
-    tree = prompt_tree(lm, asked.rows[0][:shared])
+    tree, tails = prompt_tree(lm, asked.rows.shared), asked.rows.tails
 
     def read(batch):
         tree.rewind()
-        ends = [Node(tree.root, [*asked.rows[i][shared:], *asked.tokens.opening]) for i in batch]
+        ends = [Node(tree.root, [*tails[i], *asked.tokens.opening]) for i in batch]
         return tree.compute(ends, hidden=True).hidden[:, layer]
-    by_length = sorted(range(len(task)), key=lambda i: len(asked.rows[i]))
-    size = batch_size_for(lm, len(asked.rows[by_length[-1]]) - shared)
+    by_length = sorted(range(len(task)), key=lambda i: len(tails[i]))
+    size = batch_size_for(lm, len(tails[by_length[-1]]))
     return np.stack(in_batches(read, by_length, size, f"reading {task.name}", progress))
 
 

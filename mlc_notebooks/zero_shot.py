@@ -25,7 +25,7 @@ from scipy.special import expit, log_expit, softmax
 
 from .calibration import Platt, divide_prior, step_prior
 from .data import AnnotatedTexts
-from .engine import Node, common_prefix, prompt_tree
+from .engine import Node, TokenRows, prompt_tree
 from .metrics import EPS
 from .models import LM
 from .experiments import reorder_labels
@@ -159,28 +159,27 @@ def ask_questions(lm: LM, prompts: Sequence[Sequence[Prompt]], answers: Sequence
     watch = [lm.encode_text(before + answer)[0] for answer in answers]
     if len(set(watch)) < len(watch):
         raise ValueError(f"the answers {list(answers)} begin with the same token for {lm.name}: choose other words")
-    rows = [[lm.encode_prompt(prompt) for prompt in questions] for questions in prompts]
-    every = [row for questions in rows for row in questions]
-    if max(map(len, every)) + 1 > lm.context_length:
-        raise ValueError(f"a question has {max(map(len, every))} tokens, {lm.name} reads {lm.context_length}: lower shots or shorten the text")
-    shared = common_prefix(every)
-    tree = prompt_tree(lm, every[0][:shared], no_cache)
-    trie = []
-    _grow_trie(tree.root, [tuple(row[shared:]) for row in rows[0]], trie)
+    rows = TokenRows(lm.encode_prompt(prompt) for questions in prompts for prompt in questions)
+    if (longest := max(rows.lengths())) + 1 > lm.context_length:
+        raise ValueError(f"a question has {longest} tokens, {lm.name} reads {lm.context_length}: lower shots or shorten the text")
+    tree, trie = prompt_tree(lm, rows.shared, no_cache), []
+    ends = np.cumsum([len(questions) for questions in prompts])
+    tails = [rows.tails[end - len(questions):end] for questions, end in zip(prompts, ends)]
+    _grow_trie(tree.root, [tuple(tail) for tail in tails[0]], trie)
     size = max(1, 1024 // sum(len(node.ids) for node in trie))  # texts at once: what fits one pass
-    work = lambda batch: _ask_batch(tree, [rows[i] for i in batch], shared, watch)
-    kept = folder and run_settings(lm, rows, answers=list(answers), watched=watch, no_cache=no_cache)
-    found = in_batches(work, range(len(rows)), size, desc, progress, folder, kept)
-    return Answered([logprobs for logprobs, _ in found], shared + sum(count for _, count in found), sum(map(len, every)))
+    work = lambda batch: _ask_batch(tree, [tails[i] for i in batch], watch)
+    kept = folder and run_settings(lm, rows, texts=len(tails), answers=list(answers), watched=watch, no_cache=no_cache)
+    found = in_batches(work, range(len(tails)), size, desc, progress, folder, kept)
+    return Answered([logprobs for logprobs, _ in found], len(rows.shared) + sum(count for _, count in found), sum(rows.lengths()))
 
 
-def _ask_batch(tree, texts, shared, watch):
-    "For each of a few texts, given by the rows of its questions: the answers, and how many tokens were computed."
+def _ask_batch(tree, texts, watch):
+    "For each of a few texts, given by what follows the shared beginning in its questions: the answers, and how many tokens were computed."
     tree.rewind()
     nodes, leaves, counts = [], [], []
     for rows in texts:
         before = len(nodes)
-        leaves.append(_grow_trie(tree.root, [tuple(row[shared:]) for row in rows], nodes))
+        leaves.append(_grow_trie(tree.root, [tuple(row) for row in rows], nodes))
         counts.append(sum(len(node.ids) for node in nodes[before:]))
     logprobs = tree.compute(nodes, watch).logprobs
     where = {id(node): position for position, node in enumerate(nodes)}

@@ -522,8 +522,7 @@ def test_the_guided_tree_is_a_distribution_and_the_one_made_by_hand(tiny_lms, ar
     lm, (fmt, task) = tiny_lms[architecture], task
     ask = dict(shots=0, fmt=fmt, chat=chat)
     asked, count = ask_for_lists(lm, task, **ask), len(task.labels)
-    shared = common_prefix(asked.rows)
-    trees = OutputTree(asked, prompt_tree(lm, asked.rows[0][:shared]), StepReader(asked.tokens, "exact"), range(len(task)), shared)
+    trees = OutputTree(asked, prompt_tree(lm, asked.rows.shared), StepReader(asked.tokens, "exact"), range(len(task)))
     exact = inclusion_bounds(lm, task, tolerance=0, most_looks=None, progress=False, **ask)
     part = inclusion_bounds(lm, task, tolerance=0, most_looks=looks, progress=False, **ask)
     for text, item in enumerate(task.ids):
