@@ -16,10 +16,8 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from tqdm import tqdm
 
 from contenders import TokenCounter
@@ -109,6 +107,8 @@ def points(small: bool) -> list[tuple[str, dict]]:
 
 def draw(table: pd.DataFrame, path: Path):
     "Time above, memory below, a column for each thing that grows."
+    import matplotlib.pyplot as plt  # not above: every point counts the memory of what it imports
+    import seaborn as sns
     sns.set_theme(style="whitegrid", palette="colorblind")
     time_color, memory_color, bound_color = sns.color_palette("colorblind")[:3]
     figure, axes = plt.subplots(2, len(AXES), figsize=(3.6 * len(AXES), 6), sharex="col", layout="constrained")
