@@ -325,12 +325,13 @@ def run_together(tree, answers: Sequence[Generator], watch, sizes: Sequence[int]
     """What each of some generators returns, in their order; each pass of the model serves all that are under way.
 
     A generator yields a `Feed` and is sent what is `Seen` behind its nodes. Where one ends, its nodes are forgotten (unless
-    `keep`) and others begin: as many as fill a pass, while the sizes of all under way are at most `most`.
+    `keep`) and others begin: as many as fill a pass, while the tokens of all under way are at most `most`, each answer's as many
+    as its size says or as it has grown to.
     """
     waiting, under_way, grown, done, told, more = deque(enumerate(answers)), {}, {}, {}, 0, 0
     while waiting or under_way:
         tokens, reads = (sum(count(feed) for _, feed in under_way.values()) for count in (_tokens, _reads))
-        held = sum(sizes[row] for row in under_way)
+        held = sum(max(sizes[row], sum(len(node.ids) for node in grown[row])) for row in under_way)
         while waiting and (not under_way or tokens + sizes[waiting[0][0]] <= tree.tokens_per_pass
                            and reads + more <= tree.reads_per_pass and held + sizes[waiting[0][0]] <= most):
             row, answer = waiting.popleft()
