@@ -67,7 +67,7 @@ class AnnotatedTexts:
         if votes.ndim != 2 or votes.shape[1] != len(self.labels):
             raise ValueError(f"{self.name}: item {item!r} has annotations of shape {votes.shape}, "
                              f"expected (annotators, {len(self.labels)}) for the labels {list(self.labels)}")
-        if not ((votes == 0) | (votes == 1)).all():  # np.isin takes ten times as long
+        if not ((votes == 0) | (votes == 1)).all():  # np.isin takes several times as long
             raise ValueError(f"{self.name}: item {item!r} has annotations other than 0 and 1: {np.unique(votes)}")
         if not self.labels.is_multi and (votes.sum(1) != 1).any():
             raise ValueError(f"{self.name}: an annotator of item {item!r} chose {int(votes.sum(1)[votes.sum(1) != 1][0])} "

@@ -310,15 +310,11 @@ def guided_decoder(lm: LM, reader: StepReader, start: Node) -> Generator:
     return Decoded(output, steps, flags, tuple(written))
 
 # %% ../nbs/05_probing.ipynb #2a2d1ed2
-_TOKENS_AT_ONCE = 512  # of a pass of the model
+_TOKENS_AT_ONCE = 512  # that the steps of one answer ask for together
 
 
 def _tokens(feed: Feed) -> int:
     return sum(len(node.ids) for node in feed.nodes)
-
-
-def _reads(feed: Feed) -> int:
-    return len(feed.nodes)
 
 
 def run_together(tree, answers: Sequence[Generator], watch, sizes: Sequence[int], most: int, keep: bool = False) -> Iterator:
@@ -330,13 +326,13 @@ def run_together(tree, answers: Sequence[Generator], watch, sizes: Sequence[int]
     """
     waiting, under_way, grown, done, told, more = deque(enumerate(answers)), {}, {}, {}, 0, 0
     while waiting or under_way:
-        tokens, reads = (sum(count(feed) for _, feed in under_way.values()) for count in (_tokens, _reads))
+        tokens, reads = (sum(count(feed) for _, feed in under_way.values()) for count in (_tokens, lambda feed: len(feed.nodes)))
         held = sum(max(sizes[row], sum(len(node.ids) for node in grown[row])) for row in under_way)
         while waiting and (not under_way or tokens + sizes[waiting[0][0]] <= tree.tokens_per_pass
                            and reads + more <= tree.reads_per_pass and held + sizes[waiting[0][0]] <= most):
             row, answer = waiting.popleft()
             under_way[row], grown[row] = (answer, feed := next(answer)), []
-            more = _reads(feed)  # those that begin together begin alike
+            more = len(feed.nodes)  # those that begin together begin alike
             tokens, reads, held = tokens + _tokens(feed), reads + more, held + sizes[row]
         reading = tree.compute([node for _, feed in under_way.values() for node in feed.nodes], watch)
         at, over = itertools.count(), []

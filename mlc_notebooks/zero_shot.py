@@ -166,7 +166,7 @@ def ask_questions(lm: LM, prompts: Sequence[Sequence[Prompt]], answers: Sequence
     ends = np.cumsum([len(questions) for questions in prompts])
     tails = [rows.tails[end - len(questions):end] for questions, end in zip(prompts, ends)]
     _grow_trie(tree.root, [tuple(tail) for tail in tails[0]], trie)
-    size = max(1, 1024 // sum(len(node.ids) for node in trie))  # texts at once: what fits one pass
+    size = max(1, 1024 // sum(len(node.ids) for node in trie))  # texts at once: what fills a pass, in 16-bit dtypes two
     work = lambda batch: _ask_batch(tree, [tails[i] for i in batch], watch)
     kept = folder and run_settings(lm, rows, texts=len(tails), answers=list(answers), watched=watch, no_cache=no_cache)
     found = in_batches(work, range(len(tails)), size, desc, progress, folder, kept)

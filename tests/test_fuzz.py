@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mlc_notebooks.data import AnnotatedTexts
-from mlc_notebooks.engine import Node, PackedTree, PlainTree, common_prefix, packs, prompt_tree
+from mlc_notebooks.engine import Node, PackedTree, PlainTree, TokenRows, common_prefix, packs, prompt_tree
 from mlc_notebooks.labels import FORMATS, LabelSet, list_is_over, parse_answer, surface_forms
 from mlc_notebooks.models import LM, AnswerTokens, Form
 from mlc_notebooks.output_tree import OutputTree, inclusion_bounds
@@ -305,6 +305,8 @@ def test_the_common_prefix_leaves_each_row_a_token(rows):
     shared = common_prefix(rows)
     agree = lambda length: all(len(row) > length for row in rows) and len({tuple(row[:length]) for row in rows}) == 1
     assert agree(shared) and not agree(shared + 1)
+    kept = TokenRows(iter(rows))
+    assert kept.shared == rows[0][:shared] and list(kept) == rows and kept.lengths() == list(map(len, rows))
 
 
 def make_task(fmt, labels, asked):
