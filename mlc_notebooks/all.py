@@ -12,11 +12,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from . import (calibration, data, demux, engine, experiments, labels, metrics, models, output_tree, plots, probing,
+from . import (calibration, data, demux, engine, experiments, forward, labels, metrics, models, output_tree, plots, probing,
                            prompts, rl, runs, sft, study, supervised, zero_shot)
 
 # Named once: functions called like a module (zero_shot) take its place among the names below.
-_MODULES = (labels, data, prompts, models, engine, runs, probing, metrics, experiments, calibration, output_tree, zero_shot,
+_MODULES = (labels, data, prompts, models, forward, engine, runs, probing, metrics, experiments, calibration, output_tree, zero_shot,
             supervised, sft, rl, demux, plots, study)
 for _module in _MODULES:
     globals().update({name: getattr(_module, name) for name in _module.__all__})

@@ -16,7 +16,6 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils import logging
 
+from .forward import LlamaForward
 from .models import LM
 
 # %% ../nbs/04_engine.ipynb #9c5ba932
@@ -91,6 +91,28 @@ class Reading:
         others = logits.scatter_(1, best, -torch.inf)
         margin = first[:, 0] - tops.scatter_(1, block, in_block().amax(-1, keepdim=True)).amax(-1)
         return watched - first - others.sub_(first).exp_().sum(-1, keepdim=True).log1p(), best[:, 0], margin
+
+    @classmethod
+    def from_columns(cls, logits: torch.Tensor, watch: torch.Tensor) -> "Reading":
+        "Of logits (vocabulary, n), on the processor."
+        size, count = logits.shape
+        whole = size // 256 * 256
+        tops = logits[:whole].view(-1, 256, count).amax(1)  # as above: first the block, then where in it
+        if whole < size:
+            tops = torch.cat([tops, logits[whole:].amax(0, keepdim=True)])
+        block = tops.argmax(0)
+        rows = (256 * block + torch.arange(256)[:, None]).clamp_(max=size - 1)  # behind the end: the last once more
+        in_block = logits.gather(0, rows).float()
+        place = in_block.argmax(0)
+        best, first = 256 * block + place, in_block.gather(0, place[None])[0]
+        others = in_block.masked_fill_(rows == best, -torch.inf).amax(0)
+        margin = first - torch.maximum(others, tops.scatter_(0, block[None], -torch.inf).amax(0))
+        total, some = torch.zeros(count), max(256, 2**18 // count)
+        scratch = torch.empty(min(some, size), count)
+        for part in logits.split(some):
+            total += scratch[:len(part)].copy_(part).sub_(first).exp_().sum(0)
+        logprobs = (logits[watch].float() - first - total.log()).T
+        return cls(*(column.contiguous().numpy() for column in (logprobs, best, margin)))
 
     @classmethod
     def join(cls, parts: Sequence["Reading"]) -> "Reading":
@@ -228,22 +250,21 @@ class LimbAttention:
         self.place = torch.from_numpy(place)
 
     def __call__(self, query, key, value, scale):
-        "query (1, heads, tokens, d), key and value (1, key heads, slots, d): (1, tokens, heads, d)."
+        "query (tokens, heads, d), key and value (slots, key heads, d): (tokens, heads, d)."
         self.used = True
-        by_token = [states[0].transpose(0, 1) for states in (query, key, value)]
-        parts, sums = zip(*(block(*by_token, scale) for block in self.blocks))
-        (_, heads, tokens, size), kv = query.shape, key.shape[1]
+        parts, sums = zip(*(block(query, key, value, scale) for block in self.blocks))
+        (tokens, heads, size), kv = query.shape, key.shape[1]
         own = torch.cat(parts).index_select(0, self.place).view(tokens, heads, size)
         if self.trunk:
-            rows = query.reshape(1, kv, heads // kv * tokens, size)
-            trunk, trunk_sums = _flash(rows, key[:, :, :self.trunk], value[:, :, :self.trunk], scale=scale)
+            rows = query.transpose(0, 1).reshape(1, kv, heads // kv * tokens, size)
+            trunk, trunk_sums = _flash(rows, *(states[None, :self.trunk].transpose(1, 2) for states in (key, value)), scale=scale)
             share = (trunk_sums.reshape(heads, tokens).T - torch.cat(sums).index_select(0, self.place)).sigmoid()[..., None]
             own = own.lerp(trunk.reshape(heads, tokens, size).transpose(0, 1), share.to(own.dtype))
-        return own[None]
+        return own
 
 
 def _attend_to_limbs(module, query, key, value, attention_mask, scaling=None, limbs=None, **rest):
-    return limbs(query, key, value, scaling), None
+    return limbs(*(states[0].transpose(0, 1) for states in (query, key, value)), scaling)[None], None
 
 
 AttentionInterface.register("limbs", _attend_to_limbs)
@@ -276,31 +297,31 @@ class _SlotLayer(DynamicLayer):
         super().__init__()
         self.slots, self.known = slots, 0  # slots that have been written
 
-    def lazy_initialization(self, keys, values):
-        super().lazy_initialization(keys, values)
-        self.keys, self.values = (states[0, :, :0].transpose(0, 1).contiguous() for states in (keys, values))
-
     def _written(self, buffer, states):
         "The buffer, made larger where it must be, with the new states in it."
-        end = self.slots.end
+        end, buffer = self.slots.end, states[:0] if buffer is None else buffer
         if end > len(buffer):
             larger = buffer.new_empty((max(self.slots.room, int(1.25 * end)), *buffer.shape[1:]))
             larger[:self.known] = buffer[:self.known]
             buffer = larger
         buffer[self.known:end] = 0  # a pass that fails midway leaves no garbage for those after it
-        into, states = self.slots.into, states[0].transpose(0, 1)
+        into = self.slots.into
         if isinstance(into, slice):
             buffer[into] = states
         else:
             buffer.index_copy_(0, into.to(buffer.device), states)
         return buffer
 
-    def update(self, keys, values, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
+    def append(self, keys, values) -> tuple[torch.Tensor, torch.Tensor]:
+        "Keys and values of all slots (slots, key heads, d), with those of the new tokens (tokens, key heads, d) in their place."
+        self.is_initialized = True
         self.keys, self.values = self._written(self.keys, keys), self._written(self.values, values)
         self.known = max(self.known, self.slots.end)
-        return tuple(buffer[:self.slots.end].transpose(0, 1)[None] for buffer in (self.keys, self.values))
+        return self.keys[:self.slots.end], self.values[:self.slots.end]
+
+    def update(self, keys, values, *args, **kwargs):
+        "The same for the models' own code: (1, key heads, tokens, d)."
+        return tuple(buffer.transpose(0, 1)[None] for buffer in self.append(*(states[0].transpose(0, 1) for states in (keys, values))))
 
     def get_seq_length(self):
         return self.slots.end
@@ -336,15 +357,18 @@ class PackedTree:
         self.multiple = 16 if lm.device.type == "cpu" and lm.model.dtype.itemsize == 2 else 1  # oneDNN compiles and keeps a kernel for each size
         room = len(shared) + 2 * tokens_under_way(lm) + tokens_per_pass  # twice: answers may grow past what was expected of them
         self.slots, self.trunk, self.slot_positions = _Slots(room), 0, np.zeros(0, int)
-        self.cache = Cache(layer_class_to_replicate=partial(_SlotLayer, self.slots))
+        config = lm.model.config.get_text_config()
+        self.cache = Cache(layers=[_SlotLayer(self.slots) for _ in range(config.num_hidden_layers)])
         self.root = Node(None, list(shared), slots=np.zeros(0, int))
         self.kept = {}  # the nodes behind the shared prefix that have slots, in the order in which they were computed
-        config = lm.model.config.get_text_config()
         self.window = getattr(config, "sliding_window", None)
         kinds = getattr(config, "layer_types", None)
         self.has_two_masks = bool(kinds) and "sliding_attention" in kinds
         self.windowed_only = bool(self.window) and not kinds
         self.by_limb = lm.by_limb and bool(_flash) and lm.device.type == "cpu" and not (self.has_two_masks or self.windowed_only)
+        self.forward = None  # where it fits, passes are computed by it instead of the model's own code
+        if self.by_limb and LlamaForward.fits(lm.model):
+            self.forward = LlamaForward(lm.model, tokens_per_pass + 15, self.reads_per_pass + 15)  # filled up to multiples of 16
         if shared:
             self.compute([self.root])
             self.trunk, self.kept = len(self.root.ids), {}
@@ -392,6 +416,13 @@ class PackedTree:
         limbs = None
         if self.by_limb and not attention and all(twig.trunk == self.trunk for twig in layout.twigs):
             limbs = LimbAttention(layout, self.lm.model.dtype)
+        if limbs and self.forward and not hidden:
+            attend = lambda layer, query, key, value, scale: limbs(query, *self.cache.layers[layer].append(key, value), scale)
+            states = self.forward(torch.tensor(layout.ids), torch.tensor(layout.positions), attend)
+            reading = Reading.from_columns(self.forward.logits(states[keep])[:, :len(reads)], watch) if layout.reads else None
+            del states
+            _give_back_memory(2**24)
+            return reading
         how = {"attention_mask": None, "limbs": limbs} if limbs else {"attention_mask": self._masks(layout)}
         with _attention(self.lm.model, "eager" if attention else "limbs" if limbs else None):
             out = self.lm.model(

@@ -278,7 +278,7 @@ def interrupted(lm, folder, events):
     def interrupt(*_):
         if (error := events.pop(len(list(folder.glob("*.safetensors"))), None)) is not None:
             raise error
-    hook = lm.model.register_forward_pre_hook(interrupt)
+    hook = lm.model.get_input_embeddings().register_forward_pre_hook(interrupt)
     try:
         return probe_steps(lm, made_task(), folder=folder, **ASK | {"batch_size": 6})
     finally:
@@ -430,7 +430,7 @@ def test_a_real_model_goes_on_to_the_same_bits(tuned_lm, tmp_path):
         def interrupt(*_):
             if len(list(tmp_path.glob("*.safetensors"))) == parts:
                 raise KeyboardInterrupt
-        hook = tuned_lm.model.register_forward_pre_hook(interrupt)
+        hook = tuned_lm.model.get_input_embeddings().register_forward_pre_hook(interrupt)
         try:
             probe_steps(tuned_lm, task, folder=tmp_path, **ask)
         except KeyboardInterrupt:
