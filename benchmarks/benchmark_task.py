@@ -33,7 +33,7 @@ def prepared_prompts(lm: LM, task: AnnotatedTexts, shown: dict, marginal_texts: 
     unary = [unary_prompts(text, task.labels, shown["unary_shown"], task.kind)[:-1] for text in task.texts]
     binary = [binary_prompts(text, shown["pairs"], shown["binary_shown"], task.kind) for text in task.texts]
     every = sorted({token for form in asked.tokens.first + asked.tokens.later for token in form.ids})
-    return {"steps": {"rows": asked.rows, "watch": spelt, "outcomes": [form.outcome for form in asked.tokens.first],
+    return {"steps": {"rows": list(asked.rows), "watch": spelt, "outcomes": [form.outcome for form in asked.tokens.first],
                       "names": [lm.decode([token]) for token in spelt], "opening": asked.tokens.opening,
                       "limit": asked.tokens.longest_answer, "stop": "]"},
             "unary": {"rows": questions(unary), "watch": first("reasonable", "unreasonable")},

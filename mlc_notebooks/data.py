@@ -29,7 +29,7 @@ from .labels import LabelSet
 
 # %% ../nbs/01_data.ipynb #3ca1d988
 def text_key(text: str) -> str:
-    "What makes two texts the same for leakage: the words, whatever their case and spacing (trap 20)."
+    "What makes two texts the same for leakage: the words, whatever their case and spacing."
     return " ".join(text.split()).casefold()
 
 
@@ -584,7 +584,7 @@ def _check_counts(**counts: tuple[int, int]):
 
 
 def _new_story(rng, seen: set[str], **sizes) -> tuple[str, tuple[str, ...]]:
-    "A story whose text is not among the `seen`, to which it is added: leakage is judged by text (trap 20)."
+    "A story whose text is not among the `seen`, to which it is added: leakage is judged by text."
     for _ in range(1000):
         text, held = _box_story(rng, **sizes)
         if text_key(text) not in seen:

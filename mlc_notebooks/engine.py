@@ -609,8 +609,8 @@ class TokenRows(Sequence):
     def __len__(self):
         return len(self.tails)
 
-    def __getitem__(self, i: int) -> list[int]:
-        return self.shared + self.tails[i]
+    def __getitem__(self, i: int | slice) -> list:
+        return [self.shared + tail for tail in self.tails[i]] if isinstance(i, slice) else self.shared + self.tails[i]
 
     def lengths(self) -> list[int]:
         "Of each row."

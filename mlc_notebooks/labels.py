@@ -20,7 +20,7 @@ import numpy as np
 
 # %% ../nbs/00_labels.ipynb #aa4ea4d7
 def surface_forms(label: str) -> list[str]:
-    """The spellings that count as `label`: as given and Capitalised, never UPPER CASE (science: section 2)."""
+    """The spellings that count as `label`: as given and Capitalised, never UPPER CASE."""
     capitalised = label[:1].upper() + label[1:]
     return [label] if capitalised == label else [label, capitalised]
 

@@ -407,7 +407,7 @@ class AnswerTokens:
     """What an answer format and a label set look like to a tokenizer.
 
     `first` and `later` are the forms of all outcomes where a list begins and after a separator; `go`, `stop`, `bare` and
-    `terminators` are token ids (science: section 2). `closing` leads up to the token that ends a list.
+    `terminators` are token ids. `closing` leads up to the token that ends a list.
     """
     def __init__(self, lm: LM, labels: LabelSet, fmt: AnswerFormat | str = "json", before: str = "\n"):
         self.labels, self.fmt, self.before = labels, answer_format(fmt), before
@@ -484,7 +484,7 @@ class AnswerTokens:
                                      f"{self.fmt.name!r}: rename one, or use the format 'json'")
 
     def collisions(self) -> list[tuple[str, str]]:
-        "Pairs of outcomes that share a first token, which the `first_token` reading cannot tell apart (trap 5)."
+        "Pairs of outcomes that share a first token, which the `first_token` reading cannot tell apart."
         owners, pairs = {}, {}
         for form in self.first + self.later:
             other = owners.setdefault((form in self.later, form.ids[:form.lead + 1]), form.outcome)

@@ -66,7 +66,7 @@ class FormTrie:
 
 
 class StepReader:
-    """Reads outcomes from log-probabilities of a step's context and of the trie below it (science: section 2).
+    """Reads outcomes from log-probabilities of a step's context and of the trie below it.
 
     `exact`: whole label and terminator, summed over spellings. `first_token`: the largest log-probability among the
     spellings' first tokens, behind the format's lead.
@@ -250,7 +250,7 @@ def _free_step(lm, entry: Entry, position, text, ends, seen, start):
     return Step(kind, context, None, written, after, {*entry.flags, "misaligned"})
 
 
-NEAR_TIE = 1e-3  # top two log-probabilities closer than this may swap places between batches (trap 9)
+NEAR_TIE = 1e-3  # top two log-probabilities closer than this may swap places between batches
 
 
 def _likeliest(seen, candidates, column):
@@ -278,7 +278,7 @@ def _write_label(seen, forms, tokens, column):
 
 
 def guided_decoder(lm: LM, reader: StepReader, start: Node) -> Generator:
-    "Token-greedy on the trie of labels not yet written, format tokens forced (science: section 2)."
+    "Token-greedy on the trie of labels not yet written, format tokens forced."
     tokens, column = reader.tokens, reader.column
     labels, outcomes = tokens.labels, tokens.labels.outcomes
     *_, seen = yield Feed([start, Node(start, tokens.opening)] if tokens.opening else [start])
@@ -597,7 +597,7 @@ def _encode_prompts(lm, task, make, tokens, chat, long_text) -> ListQuestions:
 
 
 def _merges(lm, prompt, row, tokens):
-    "Whether tokenising prompt and answer together gives other ids than one after the other (trap 1)."
+    "Whether tokenising prompt and answer together gives other ids than one after the other."
     joint = prompt.plain() + tokens.before + tokens.fmt.opening + tokens.fmt.item(tokens.labels.names[0], None)
     return lm.tokenizer(joint, split_special_tokens=True).input_ids[:len(row)] != row
 
@@ -741,7 +741,7 @@ def probe_steps(
     folder: str | Path | None = None,  # keep finished batches here, and go on with what is there
     progress: bool = True,  # show a bar
 ) -> Trace:
-    """The label distribution at every step of the model's answers (science: section 2).
+    """The label distribution at every step of the model's answers.
 
     Raises `ValueError`, before the model is run, for an empty task, an empty text, a text that does not fit the context,
     labels that the format or the reading cannot tell apart, or demonstrations that cannot be drawn; and, for a `folder`
@@ -898,7 +898,7 @@ def _probe_targets(trace, task) -> dict[str, pd.DataFrame]:
 
 
 def _held_out(trace, test_share, seed) -> pd.Series:
-    "Which items are held out, by item id; the same text is never on both sides (trap 20)."
+    "Which items are held out, by item id; the same text is never on both sides."
     texts = trace.items["text"].map(text_key)
     held = pd.Series(False, trace.items.index)
     if 0 < test_share < 1 and texts.nunique() > 1:

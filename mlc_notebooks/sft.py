@@ -129,7 +129,7 @@ def answer_loss(model, batch: Sequence[Example], pad: int, packed: bool = False)
 
 @torch.no_grad()
 def takes_packed_rows(model, examples: Sequence[Example], pad: int, tolerance: float = 0.02) -> bool:
-    "Whether the loss of a few examples is the same packed, but for rounding: not every architecture takes such a mask (trap 19)."
+    "Whether the loss of a few examples is the same packed, but for rounding: not every architecture takes such a mask."
     padded, _ = answer_loss(model, examples, pad)
     try:
         packed, _ = answer_loss(model, examples, pad, packed=True)

@@ -70,7 +70,7 @@ def test_the_words_alone_give_the_gold_sets(sizes):
 
 
 def test_no_text_occurs_twice():
-    "Also where the texts nearly run out: leakage is judged by text (trap 20)."
+    "Also where the texts nearly run out: leakage is judged by text."
     for task in (load_task("boxes-made"), generate_boxes(n=30, train=30, dev=10, boxes=1, objects=4, moves=1)):
         texts = [text_key(text) for split in SPLITS for text in task.split(split).texts]
         assert len(set(texts)) == len(texts)

@@ -117,7 +117,7 @@ def decoded(tokenizer, labels, text):
 
 
 def test_label_tokens_decode_to_the_labels(tiny):
-    "Also where a label is a word of the question, a part of another label, or a word of the text (trap 13)."
+    "Also where a label is a word of the question, a part of another label, or a word of the text."
     _, tokenizer = load_encoder(tiny)
     for labels in (["joyful", "or", "joy"], ["joy"], ["fear", "very fear", "fear or joy"], ["joy", "so, so"]):
         assert decoded(tokenizer, labels, "joy or fear or joyful") == labels
@@ -250,7 +250,7 @@ def test_diverging_loss(tiny, tmp_path):
 
 
 def test_texts_of_other_splits_are_not_trained_on(tiny):
-    "By content: `I am  GLAD` in test is `i am glad` in train (trap 20)."
+    "By content: `I am  GLAD` in test is `i am glad` in train."
     votes = [np.eye(3, dtype=np.uint8)[:1]]
     one = lambda name, texts: AnnotatedTexts(name, [f"{name}{i}" for i in range(len(texts))], texts, LABELS, votes * len(texts))
     splits = {"train": one("train", ["i am glad", "so afraid", "very angry", "so glad"]), "dev": one("dev", ["So   afraid"]),

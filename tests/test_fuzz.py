@@ -480,7 +480,7 @@ def plain_logprobs(lm, rows, watch):
 
 
 def branches_by_hand(lm, start, tokens):
-    "What may follow each prefix, from plain passes: science.md section 2, the guided tree."
+    "What may follow each prefix, from plain passes (the guided tree)."
     contexts, none = guided_contexts(tokens, start), len(tokens.labels)
     forms = lambda written: tokens.later if written else tokens.first
     bare = [] if tokens.bare is None else [tokens.bare]

@@ -153,7 +153,7 @@ def test_own_tables(ending, tmp_path):
 
 
 def test_no_text_under_test_is_shown(tmp_path):
-    "Leakage is judged by text (trap 20): GoEmotions repeats texts across splits."
+    "Leakage is judged by text: GoEmotions repeats texts across splits."
     task = load_task("goemotions")
     both = set(map(text_key, task.texts)) & set(map(text_key, task.pool.texts))
     assert both  # the trap is there

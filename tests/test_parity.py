@@ -35,7 +35,7 @@ def test_the_prompt_is_the_published_one(trace):
 
 @pytest.mark.parametrize("position", range(len(PUBLISHED["items"])))
 def test_probabilities_at_shared_label_positions(trace, position):
-    """Both definitions share the label positions of the answer itself. They differ by design (science.md section 7):
+    """Both definitions share the label positions of the answer itself. They differ by design:
     the published code counts any later occurrence of a label's first token, also past the end of the answer, so it may
     list more positions than the answer has labels; those are not compared."""
     published = PUBLISHED["items"][position]

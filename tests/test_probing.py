@@ -81,7 +81,7 @@ def test_demonstrations_of_ones_own_for_each_text(tuned_lm, task):
 
 
 def obvious_exact(lm, next_logprobs, context, forms, tokens):
-    "Score each form's tokens one by one and add the log-sum-exp over the terminators (science.md section 2)."
+    "Score each form's tokens one by one and add the log-sum-exp over the terminators."
     scores = [[] for _ in tokens.labels.outcomes]
     for form in forms:
         steps = [next_logprobs(lm, [*context, *form.ids[:i]])[token] for i, token in enumerate(form.ids)]
@@ -109,7 +109,7 @@ def test_exact_is_the_obvious_sum(base_lm, next_logprobs, fmt, names, none):
 
 
 def test_exact_knows_a_label_from_its_beginning(base_lm, next_logprobs):
-    "joy and joyful share their first token; the terminator tells them apart (trap 3)."
+    "joy and joyful share their first token; the terminator tells them apart."
     trace = probe_steps(base_lm, ["We laughed."], shots=0, labels=["joy", "joyful"], decoding="guided", progress=False)
     joy, joyful, _ = trace.logprobs[0]
     assert np.exp(joy) + np.exp(joyful) <= 1 and abs(joy - joyful) > 1e-3
@@ -137,7 +137,7 @@ def test_colliding_labels_can_be_asked_for_with_a_warning(base_lm):
 
 
 def test_16_bit_is_close(task):
-    "bfloat16 does not meet trap 9, but its step-1 distributions stay near; the docs say by how much."
+    "bfloat16 does not meet these tolerances, but its step-1 distributions stay near; the docs say by how much."
     ask = dict(shots=0, decoding="guided", progress=False)
     exact = probe_steps(load_lm(dtype="float32"), task, **ask)
     rough = probe_steps(load_lm(dtype="bfloat16"), task, **ask)
@@ -261,7 +261,7 @@ def test_states_stay_on_disk_until_they_are_used(deep, tmp_path):
 
 
 def test_statistics_are_reproducible(tuned_lm):
-    "To the digit with the same batch size; within trap 9's tolerances across batch sizes."
+    "To the digit with the same batch size; within the tolerances for float32 across batch sizes."
     multi = load_task("brighter-eng").sample(8, seed=5, kind="multi")
     first, again, single = (phenomenon(probe_steps(tuned_lm, multi, shots=0, batch_size=size, progress=False), multi) for size in (4, 4, 1))
     pd.testing.assert_frame_equal(first, again)
