@@ -419,9 +419,12 @@ class PackedTree:
         if limbs and self.forward and not hidden:
             attend = lambda layer, query, key, value, scale: limbs(query, *self.cache.layers[layer].append(key, value), scale)
             states = self.forward(torch.tensor(layout.ids), torch.tensor(layout.positions), attend)
-            reading = Reading.from_columns(self.forward.logits(states[keep])[:, :len(reads)], watch) if layout.reads else None
+            if not layout.reads:
+                return None
+            logits = self.forward.logits(states[keep])
+            reading = Reading.from_columns(logits[:, :len(reads)], watch)
             del states
-            _give_back_memory(2**24)
+            _give_back_memory(logits.nbytes)
             return reading
         how = {"attention_mask": None, "limbs": limbs} if limbs else {"attention_mask": self._masks(layout)}
         with _attention(self.lm.model, "eager" if attention else "limbs" if limbs else None):
@@ -497,9 +500,9 @@ def tokens_under_way(lm: LM) -> int:
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None  # of the GNU C library
 
 
-def _give_back_memory(freed: int):
-    "After a pass that freed so many bytes at once: the C library keeps them, in holes that the next pass is too large for."
-    if _trim and freed > 2**23:
+def _give_back_memory(logits: int):
+    "After a pass with so many bytes of logits: what it freed the C library keeps, in holes that the next pass is too large for."
+    if _trim and logits > 2**23:
         _trim(0)
 
 

@@ -38,6 +38,8 @@ class LlamaForward:
         "Whether a model is of this family, on the processor, and nothing hooked into it or put in place of its own parts."
         if type(model) not in (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM) or model.device.type != "cpu":
             return False
+        if not all(type(part).__module__.startswith(("transformers.", "torch.nn.")) for part in model.modules()):
+            return False
         others = [part for part in model.modules() if part is not model.model.embed_tokens]  # that one is called
         hooks = [hook for part in others for kind in (part._forward_pre_hooks, part._forward_hooks) for hook in kind.values()]
         library = "transformers.utils.output_capturing"  # its own hooks, which stay once hidden states have been asked for
@@ -45,7 +47,8 @@ class LlamaForward:
             return False
         linear = [getattr(part, f"{name}_proj") for layer in model.model.layers
                   for part, names in ((layer.self_attn, "qkvo"), (layer.mlp, ("gate", "up", "down"))) for name in names]
-        return all(type(one) is torch.nn.Linear for one in [*linear, model.lm_head]) and model.config.hidden_act == "silu"
+        plain = all(type(one) is torch.nn.Linear for one in [*linear, model.lm_head]) and model.lm_head.bias is None
+        return plain and model.config.hidden_act == "silu"
 
     def _norm(self, states, norm):
         "RMSNorm, in float32 as in the model's code; the result is overwritten by the next."
