@@ -350,11 +350,8 @@ def in_chunks(items: Sequence, sizes: Iterable[int], most: int) -> Iterator[list
 
 class PackedTree:
     "A prompt tree in one row of tokens with one cache; the shared prefix is computed when it is made."
-    def __init__(self, lm: LM, shared: Sequence[int] = (), tokens_per_pass: int | None = None):
-        if tokens_per_pass is None:
-            tokens_per_pass = 512 if lm.model.dtype.itemsize == 2 else 1024  # in 16 bits longer ones are no faster
+    def __init__(self, lm: LM, shared: Sequence[int] = (), tokens_per_pass: int = 512):
         self.lm, self.tokens_per_pass, self.reads_per_pass = lm, tokens_per_pass, _reads_within(lm, 64)
-        self.multiple = 16 if lm.device.type == "cpu" and lm.model.dtype.itemsize == 2 else 1  # oneDNN compiles and keeps a kernel for each size
         room = len(shared) + 2 * tokens_under_way(lm) + tokens_per_pass  # twice: answers may grow past what was expected of them
         self.slots, self.trunk, self.slot_positions = _Slots(room), 0, np.zeros(0, int)
         config = lm.model.config.get_text_config()
@@ -368,7 +365,7 @@ class PackedTree:
         self.by_limb = lm.by_limb and bool(_flash) and lm.device.type == "cpu" and not (self.has_two_masks or self.windowed_only)
         self.forward = None  # where it fits, passes are computed by it instead of the model's own code
         if self.by_limb and LlamaForward.fits(lm.model):
-            self.forward = LlamaForward(lm.model, tokens_per_pass + 15, self.reads_per_pass + 15)  # filled up to multiples of 16
+            self.forward = LlamaForward(lm.model, tokens_per_pass + 15, self.reads_per_pass + 15)  # as many as `_filled` may add
         if shared:
             self.compute([self.root])
             self.trunk, self.kept = len(self.root.ids), {}
@@ -411,17 +408,17 @@ class PackedTree:
     def _run(self, pieces, watch, hidden, attention):
         layout = self._layout(pieces)
         reads = layout.reads or [0]
-        keep = [*reads, *reads[:1] * (-len(reads) % self.multiple)]
+        keep = [*reads, *reads[:1] * (self._filled(len(reads)) - len(reads))]
         as_row = lambda values: torch.as_tensor(np.asarray(values)[None], device=self.lm.device)
         limbs = None
         if self.by_limb and not attention and all(twig.trunk == self.trunk for twig in layout.twigs):
             limbs = LimbAttention(layout, self.lm.model.dtype)
         if limbs and self.forward and not hidden:
             attend = lambda layer, query, key, value, scale: limbs(query, *self.cache.layers[layer].append(key, value), scale)
-            states = self.forward(torch.tensor(layout.ids), torch.tensor(layout.positions), attend)
+            states = self.forward(torch.tensor(layout.ids), torch.tensor(layout.positions), attend, keep)
             if not layout.reads:
                 return None
-            logits = self.forward.logits(states[keep])
+            logits = self.forward.logits(states)
             reading = Reading.from_columns(logits[:, :len(reads)], watch)
             del states
             _give_back_memory(logits.nbytes)
@@ -446,13 +443,23 @@ class PackedTree:
         _give_back_memory(size)
         return reading
 
+    def _filled(self, count: int) -> int:
+        """Up to how many rows so many are filled up: on processors a multiple of 16, or a power of 2 below that.
+
+        oneDNN compiles and keeps a kernel for each size that it meets (about 4 MB for all products of a layer), and products
+        with an odd number of columns take up to 60 % longer.
+        """
+        if self.lm.device.type != "cpu":
+            return count
+        return -(-count // 16) * 16 if count > 8 else 1 << (count - 1).bit_length()
+
     def _layout(self, pieces) -> Layout:
-        "Give the tokens of a pass their slots, and say what each sees; tokens that fill it up to a `multiple` get theirs for this pass only."
+        "Give the tokens of a pass their slots, and say what each sees; tokens that fill it up get theirs for this pass only."
         self.forget([node for node, begin, _ in pieces if begin == 0 and node.slots is not None])  # computed anew
         ids = [i for node, begin, end in pieces for i in node.ids[begin:end]]
         positions = [i for node, begin, end in pieces for i in range(node.depth + begin, node.depth + end)]
         ends = np.cumsum([end - begin for _, begin, end in pieces])
-        count, filling = len(ids), [0] * (-len(ids) % self.multiple)
+        count, filling = len(ids), [0] * (self._filled(len(ids)) - len(ids))
         slots = self.slots.take(count + len(filling))
         self.slots.give_back(slots[count:].tolist())
         limbs = {}

@@ -8,7 +8,8 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/forward.html.md"""
 __all__ = ['LlamaForward']
 
 # %% ../nbs/03b_forward.ipynb #bff31366
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
@@ -17,20 +18,14 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
 class LlamaForward:
     """What a Llama-like model computes for one row of tokens, from its own weights.
 
-    `most` are the tokens, `reads` the logits' rows that a pass may have; buffers for them are kept. Weights that change
-    between passes are seen, since none is copied.
+    `most` are the tokens, `reads` the logits' rows that a pass may have; buffers for norms and logits are kept. Weights
+    that change between passes are seen, since none is copied.
     """
     def __init__(self, model: torch.nn.Module, most: int, reads: int):
         config, self.body, self.head, self.layers = model.config, model.model, model.lm_head.weight, model.model.layers
-        attention = self.layers[0].self_attn
-        self.size = attention.head_dim
-        self.heads, self.key_heads = (proj.out_features // self.size for proj in (attention.q_proj, attention.k_proj))
+        self.size = self.layers[0].self_attn.head_dim
         room = lambda *shape, dtype=model.dtype: torch.empty(shape, dtype=dtype)
-        self.normed, self.added = room(most, config.hidden_size), room(most, config.hidden_size)
-        self.exact = room(most, config.hidden_size, dtype=torch.float32)
-        self.turning = room(most, (self.heads + self.key_heads) * self.size)  # queries and keys side by side: one rotation
-        self.turned, self.values = torch.empty_like(self.turning), room(most, self.key_heads * self.size)
-        self.gate, self.up = (room(most, config.intermediate_size) for _ in range(2))
+        self.normed, self.exact = room(most, config.hidden_size), room(most, config.hidden_size, dtype=torch.float32)
         self.logit_room = room(reads * len(self.head))
 
     @staticmethod
@@ -56,36 +51,34 @@ class LlamaForward:
         scale = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(states.shape[1]).add_(norm.variance_epsilon).rsqrt_()
         return self.normed[:len(states)].copy_(exact.mul_(scale)).mul_(norm.weight)
 
-    def _turn(self, cos, sin):
-        "Rotary positions: queries and keys (tokens, heads + key heads, d), turned."
-        before, after = (buffer[:len(cos)].view(len(cos), -1, self.size) for buffer in (self.turning, self.turned))
-        half = self.size // 2
-        torch.mul(before, cos, out=after)
+    def _turn(self, states, cos, sin):
+        "Rotary positions: (tokens, heads, d) of queries or keys (tokens, heads x d)."
+        before, half = states.view(len(states), -1, self.size), self.size // 2
+        after = before * cos
         after[..., :half].addcmul_(before[..., half:], sin[..., :half], value=-1)
         after[..., half:].addcmul_(before[..., :half], sin[..., half:])
-        return after[:, :self.heads], after[:, self.heads:]
+        return after
 
     @torch.inference_mode()
-    def __call__(self, ids: torch.Tensor, positions: torch.Tensor, attend: Callable) -> torch.Tensor:
-        "States (tokens, width) behind the last layer, of ids and positions (tokens,)."
-        count, split = len(ids), self.heads * self.size
+    def __call__(self, ids: torch.Tensor, positions: torch.Tensor, attend: Callable, reads: Sequence[int] | None = None) -> torch.Tensor:
+        """States (reads, width) behind the last layer, of ids and positions (tokens,); None: of all tokens.
+
+        Behind the last layer's attention no other row is looked at again.
+        """
         states = self.body.embed_tokens(ids[None])[0]
         cos, sin = (angles[0, :, None] for angles in self.body.rotary_emb(states[None], position_ids=positions[None]))
-        turning, values, gate, up, added = (buffer[:count] for buffer in (self.turning, self.values, self.gate, self.up, self.added))
         for number, layer in enumerate(self.layers):
             attention, mlp = layer.self_attn, layer.mlp
             normed = self._norm(states, layer.input_layernorm)
-            _linear(attention.q_proj, normed, turning[:, :split])
-            _linear(attention.k_proj, normed, turning[:, split:])
-            _linear(attention.v_proj, normed, values)
-            query, key = self._turn(cos, sin)
-            seen = attend(number, query, key, values.view(count, self.key_heads, self.size), attention.scaling)
-            states.add_(_linear(attention.o_proj, seen.reshape(count, split), added))
+            query, key = (self._turn(_product(one, normed), cos, sin) for one in (attention.q_proj, attention.k_proj))
+            value = _product(attention.v_proj, normed).view(key.shape)
+            seen = attend(number, query, key, value, attention.scaling).flatten(1)
+            if reads is not None and layer is self.layers[-1]:
+                seen, states = seen[reads], states[reads]
+            states = _product(attention.o_proj, seen, "add", states)
             normed = self._norm(states, layer.post_attention_layernorm)
-            _linear(mlp.gate_proj, normed, gate)
-            _linear(mlp.up_proj, normed, up)
-            torch.nn.functional.silu(gate, inplace=True).mul_(up)
-            states.add_(_linear(mlp.down_proj, gate, added))
+            gated = _product(mlp.up_proj, normed, "mul", _product(mlp.gate_proj, normed, "swish"))
+            states = _product(mlp.down_proj, gated, "add", states)
         return states
 
     @torch.inference_mode()
@@ -95,7 +88,23 @@ class LlamaForward:
         return torch.mm(self.head, self._norm(states, self.body.norm).t(), out=room)
 
 
-def _linear(module, states, out):
-    if module.bias is None:
-        return torch.mm(states, module.weight.t(), out=out)
-    return torch.addmm(module.bias, states, module.weight.t(), out=out)
+@functools.cache
+def _fuses(dtype: torch.dtype) -> bool:
+    "Whether this torch brings oneDNN, and that takes the dtype on this processor."
+    one = torch.ones(1, 1, dtype=dtype)
+    try:
+        torch.ops.mkldnn._linear_pointwise(one, one, None, "none", [], "")
+    except (AttributeError, RuntimeError):
+        return False
+    return True
+
+
+def _product(module, states, then="none", other=None):
+    "A linear layer of states (tokens, width), and what follows it in one go: `swish`, or `add` or `mul` with `other`."
+    if not _fuses(states.dtype):
+        found = torch.nn.functional.linear(states, module.weight, module.bias)
+        return {"none": lambda: found, "swish": lambda: torch.nn.functional.silu(found, inplace=True),
+                "add": lambda: found.add_(other), "mul": lambda: found.mul_(other)}[then]()
+    if other is None:
+        return torch.ops.mkldnn._linear_pointwise(states, module.weight, module.bias, then, [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(states, other, module.weight, module.bias, then)

@@ -15,6 +15,7 @@ import itertools
 import json
 import platform
 import time
+import unicodedata
 import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Generator, Iterator, Sequence
@@ -590,16 +591,17 @@ def _encode_prompts(lm, task, make, tokens, chat, long_text) -> ListQuestions:
             flags[i].add("text_truncated")
         prompts = make(texts)
         rows = TokenRows(lm.encode_prompt(prompt, chat) for prompt in prompts)
-    for prompt, row, flag in zip(prompts, rows, flags):
-        if not chat and _merges(lm, prompt, row, tokens):
+    for prompt, flag in zip(prompts, flags):
+        if not chat and _merges(lm, prompt, tokens):
             flag.add("boundary_merged")
     return ListQuestions(tokens, prompts, rows, flags)
 
 
-def _merges(lm, prompt, row, tokens):
-    "Whether tokenising prompt and answer together gives other ids than one after the other."
-    joint = prompt.plain() + tokens.before + tokens.fmt.opening + tokens.fmt.item(tokens.labels.names[0], None)
-    return lm.tokenizer(joint, split_special_tokens=True).input_ids[:len(row)] != row
+def _merges(lm, prompt, tokens):
+    "Whether tokenising prompt and answer together gives other ids than one after the other; only the prompt's end can matter."
+    end, answer = prompt.plain()[-200:], tokens.before + tokens.fmt.opening + tokens.fmt.item(tokens.labels.names[0], None)
+    ids, joint = (lm.tokenizer(text, split_special_tokens=True).input_ids for text in (end, end + answer))
+    return joint[:len(ids)] != ids
 
 # %% ../nbs/05_probing.ipynb #2d754dbe
 def _answer(decoder: Generator, reader: StepReader) -> Generator:
@@ -631,10 +633,15 @@ def _one_answer(decoded, found, places, states) -> tuple:
     return decoded.output, decoded.outcomes, decoded.flags, rows
 
 
-def _turns(by_length: list[int]) -> list[int]:
-    """In which order the texts of a batch have their turn: a few short ones, from which drafts are learned, then from the
-    longest to the shortest, since an answer that goes on for long keeps a pass to itself where nothing is left beside it."""
-    return by_length[:32] + by_length[32:][::-1]
+def _turns(by_length: list[int], texts: Sequence[str]) -> list[int]:
+    """In which order the texts of a batch have their turn: a few short ones, from which drafts are learned, then texts that
+    break off, then the others, both from the longest to the shortest.
+
+    A model may go on with a text that ends without a mark, and such an answer keeps a pass to itself where nothing is left
+    beside it.
+    """
+    ends = lambda i: unicodedata.category(texts[i].rstrip()[-1]).startswith("P")
+    return by_length[:32] + sorted(by_length[32:][::-1], key=ends)
 
 
 def _places(decoded, start):
@@ -765,7 +772,7 @@ def probe_steps(
     size = batch_size or (256 if folder else len(task))
     if (hidden or attention) and not batch_size:  # read when a batch is done: until then all of it is kept
         size = batch_size_for(lm, len(tails[by_length[-1]]) + tokens.longest_answer)
-    order = [i for at in range(0, len(task), size) for i in _turns(by_length[at:at + size])]
+    order = [i for at in range(0, len(task), size) for i in _turns(by_length[at:at + size], task.texts)]
     work = lambda batch: _probe_batch(tree, [tails[i] for i in batch], reader, decoder, hidden, attention)
     kept = folder and list_settings(lm, task, asked, seed=seed, decoding=decoding, reading=reading, chat=chat, hidden=hidden,
                                     attention=attention, batch_size=batch_size, no_cache=no_cache)
