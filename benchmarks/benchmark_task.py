@@ -16,10 +16,12 @@ def benchmark_task(texts: int) -> AnnotatedTexts:
 
 
 def demonstrations(task: AnnotatedTexts, shots: int = 10) -> dict:
-    "What the prompts of each kind show, and the pairs that are asked about."
-    return {"demonstrations": draw_demonstrations(task.pool, shots, 0, exclude=task.texts),
-            "unary_shown": unary_demonstrations(task.pool, shots, 0, task.texts),
-            "binary_shown": binary_demonstrations(task.pool, shots, 0, task.texts),
+    """What the prompts of each kind show, and the pairs that are asked about: the same for up to 1,024 texts, since the
+    length of the common beginning decides how much of it vLLM keeps (README.md)."""
+    hidden = [*benchmark_task(1024).texts, *task.texts]
+    return {"demonstrations": draw_demonstrations(task.pool, shots, 0, exclude=hidden),
+            "unary_shown": unary_demonstrations(task.pool, shots, 0, hidden),
+            "binary_shown": binary_demonstrations(task.pool, shots, 0, hidden),
             "pairs": list(itertools.combinations(task.labels.outcomes, 2))}
 
 

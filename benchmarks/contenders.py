@@ -225,12 +225,14 @@ class Published(Transformers):
 
 class VLLM(Rival):
     "vLLM's CPU build with prefix caching, all prompts handed over at once; it returns the watched tokens' log-probabilities only."
+    options = {}
+
     def load(self, job):
         os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
                        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, job["cores"]))}
         from vllm import LLM
         self.llm = LLM(job["model_folder"], dtype=job["dtype"], enable_prefix_caching=True, max_model_len=2048,
-                       max_logprobs=128, disable_log_stats=True, **job.get("vllm_options", {}))
+                       max_logprobs=128, disable_log_stats=True, **self.options)
 
     def prepare(self):
         self.llm.reset_prefix_cache()
@@ -254,6 +256,11 @@ class VLLM(Rival):
     def read(self, rows, watch):
         answers = self.ask(rows, watch, max_tokens=1, detokenize=False)
         return [[a.outputs[0].logprobs[0][token].logprob for token in watch] for a in answers], self.computed(answers)
+
+
+class VLLM32(VLLM):
+    "The same with a cache in blocks of 32 tokens, the smallest that its attention takes here, instead of 128."
+    options = {"block_size": 32}
 
 
 class LlamaCpp(Rival):
@@ -331,7 +338,7 @@ class LlamaCppTop20(LlamaCpp):
         return [[plain_float(top.get(name)) for name in names] for top in tops], self.computed
 
 
-CONTENDERS = {"ours": Ours, "published": Published, "generate": Transformers, "generate x16": Batched, "vllm": VLLM,
+CONTENDERS = {"ours": Ours, "published": Published, "generate": Transformers, "generate x16": Batched, "vllm": VLLM, "vllm 32": VLLM32,
               "llama.cpp": LlamaCpp, "llama.cpp top 20": LlamaCppTop20}
 
 

@@ -176,7 +176,7 @@ SERIES = {"second, last step": "second at the last step", "second, intermediate 
 
 
 def plot_next_labels(steps: pd.DataFrame, most_steps: int = 3, axis: plt.Axes | None = None) -> plt.Axes:
-    "Violins of the four series of Figure 3 by step, from `next_labels`; the share of runners-up written next is printed."
+    "Violins of the four series of Figure 3 by step, from `next_labels`; below, the share of runners-up written next."
     shown = steps.query("step <= @most_steps")
     split = shown.assign(**{"second, last step": shown["second"].where(shown["last"]),
                             "second, intermediate step": shown["second"].where(~shown["last"])})
@@ -184,15 +184,16 @@ def plot_next_labels(steps: pd.DataFrame, most_steps: int = 3, axis: plt.Axes | 
     alone, axis = axis is None, axis or _axis(9, 4)
     sns.violinplot(tidy.assign(series=tidy["series"].map(SERIES)), x="step", y="probability", hue="series", hue_order=SERIES.values(),
                    palette="colorblind", cut=0, inner="quart", density_norm="width", linewidth=0.8, gap=0.1, ax=axis)
-    for place, (step, at) in enumerate(shown.groupby("step")):
-        follow = at["runner_up_next"].dropna()
-        if len(follow):
-            axis.text(place, 1.03, f"runner-up next: {follow.mean():.0%}\n(n = {len(follow)})", ha="center", va="bottom", fontsize=8)
-    axis.set(ylim=(0, 1), xlabel="step", ylabel="probability over the outcomes")
+    followed = shown.groupby("step")["runner_up_next"].agg(["mean", "count"])
+    axis.set_xticks(range(len(followed)), [f"{step}\n{at['mean']:.0%} of {at['count']:.0f}" if at["count"] else f"{step}" for step, at in followed.iterrows()])
+    axis.set(ylim=(0, 1 if alone else 1.3), yticks=np.linspace(0, 1, 6), xlabel="step (how often its runner-up is written next)",
+             ylabel="probability over the outcomes")
+    if not alone:
+        axis.legend(title=None, frameon=False, fontsize=8, ncol=2, loc="upper center")  # in the room above 1
     share, never = shown["runner_up_next"], shown["runner_up_never"]
     return _finish(axis, alone, f"The runner-up is written next in {share.mean():.0%} of {share.count()} intermediate steps; where it "
                    f"is not, it is never written in {never.mean():.0%} of {never.count()}. The label that is written next held "
-                   f"{shown['next_now'].median():.2f} one step before (median). Lines: quartiles.")
+                   f"{shown['next_now'].median():.2f} one step before (median). Lines: quartiles.", legend=alone)
 
 # %% ../nbs/10_plots.ipynb #4b1bbafe
 def plot_rank_histogram(frame: pd.DataFrame, axis: plt.Axes | None = None) -> plt.Axes:
@@ -324,7 +325,7 @@ def plot_summary(trace: Trace, task: AnnotatedTexts | None = None) -> plt.Figure
     plot_top_second(trace, axis=axes[0, 1]).set_title("Top and second by step")
     plot_intermediate_last(profile, "entropy", axis=axes[1, 0]).set_title("Entropy by step")
     if several:
-        plot_next_labels(following, axis=axes[1, 1]).set_title("What becomes of the second", pad=28)
+        plot_next_labels(following, axis=axes[1, 1]).set_title("What becomes of the second")
         plot_rank_histogram(rank_histogram(trace), axes[2, 0]).set_title("When ranks of step 1 are written")
     if several and task is not None:
         plot_order_accuracy(order_accuracy(trace, task), axes[2, 1]).set_title("Correct by position written")
