@@ -365,7 +365,7 @@ class PackedTree:
         self.by_limb = lm.by_limb and bool(_flash) and lm.device.type == "cpu" and not (self.has_two_masks or self.windowed_only)
         self.forward = None  # where it fits, passes are computed by it instead of the model's own code
         if self.by_limb and LlamaForward.fits(lm.model):
-            self.forward = LlamaForward(lm.model, tokens_per_pass + 15, self.reads_per_pass + 15)  # as many as `_filled` may add
+            self.forward = LlamaForward(lm.model, tokens_per_pass + _FILL_TOKENS, self.reads_per_pass + _FILL_READS)
         if shared:
             self.compute([self.root])
             self.trunk, self.kept = len(self.root.ids), {}
@@ -408,7 +408,7 @@ class PackedTree:
     def _run(self, pieces, watch, hidden, attention):
         layout = self._layout(pieces)
         reads = layout.reads or [0]
-        keep = [*reads, *reads[:1] * (self._filled(len(reads)) - len(reads))]
+        keep = [*reads, *reads[:1] * (self._filled(len(reads), _FILL_READS) - len(reads))]
         as_row = lambda values: torch.as_tensor(np.asarray(values)[None], device=self.lm.device)
         limbs = None
         if self.by_limb and not attention and all(twig.trunk == self.trunk for twig in layout.twigs):
@@ -443,15 +443,15 @@ class PackedTree:
         _give_back_memory(size)
         return reading
 
-    def _filled(self, count: int) -> int:
-        """Up to how many rows so many are filled up: on processors a multiple of 16, or a power of 2 below that.
+    def _filled(self, count: int, unit: int) -> int:
+        """Up to how many rows so many are filled up: on processors a multiple of `unit`, or a power of 2 below that.
 
-        oneDNN compiles and keeps a kernel for each size that it meets (about 4 MB for all products of a layer), and products
-        with an odd number of columns take up to 60 % longer.
+        oneDNN compiles and keeps a kernel for each size that it meets (about 5 MB for all products of a layer and the
+        vocabulary's), and products with an odd number of columns take up to 60 % longer.
         """
         if self.lm.device.type != "cpu":
             return count
-        return -(-count // 16) * 16 if count > 8 else 1 << (count - 1).bit_length()
+        return -(-count // unit) * unit if count > unit // 2 else 1 << (count - 1).bit_length()
 
     def _layout(self, pieces) -> Layout:
         "Give the tokens of a pass their slots, and say what each sees; tokens that fill it up get theirs for this pass only."
@@ -459,7 +459,7 @@ class PackedTree:
         ids = [i for node, begin, end in pieces for i in node.ids[begin:end]]
         positions = [i for node, begin, end in pieces for i in range(node.depth + begin, node.depth + end)]
         ends = np.cumsum([end - begin for _, begin, end in pieces])
-        count, filling = len(ids), [0] * (self._filled(len(ids)) - len(ids))
+        count, filling = len(ids), [0] * (self._filled(len(ids), _FILL_TOKENS) - len(ids))
         slots = self.slots.take(count + len(filling))
         self.slots.give_back(slots[count:].tolist())
         limbs = {}
@@ -518,6 +518,7 @@ def _reads_within(lm: LM, megabytes: int) -> int:
     return max(1, megabytes * 2**20 // (lm.model.config.get_text_config().vocab_size * lm.model.dtype.itemsize))
 
 
+_FILL_TOKENS, _FILL_READS = 16, 32  # see `_filled`; most passes are full, but hardly two have as many reads
 _TWIG = 64  # new tokens of a limb that are looked at together: more would see too much of each other, fewer copy more
 
 
