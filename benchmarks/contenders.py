@@ -56,13 +56,13 @@ class Ours:
         task = self.texts.select(range(texts))
         self.counter.take()
         started = time.perf_counter()
-        answer = getattr(self, part)(task)
+        answer = self.steps(task, shown=part) if part in self.job else getattr(self, part)(task)
         seconds = time.perf_counter() - started
         return {"seconds": seconds, "tokens": self.counter.take(), **answer()}
 
-    def steps(self, task, reading="first_token"):
+    def steps(self, task, reading="first_token", shown="demonstrations"):
         from mlc_notebooks.probing import probe_steps
-        trace = probe_steps(self.lm, task, demonstrations=self.job["demonstrations"], reading=reading, progress=False)
+        trace = probe_steps(self.lm, task, demonstrations=self.job[shown], reading=reading, progress=False)
         first = trace.logprobs[(trace.steps["step"] == 1).to_numpy()]
         return lambda: {"outputs": list(trace.items["output"]), "first": first.tolist(),
                         "generated": trace.steps["generated_tokens"].tolist(),
@@ -109,7 +109,7 @@ class Ours:
 
 
 class Rival:
-    "Runs the prepared prompts of a part: `steps` are generated, the others are read."
+    "Runs the prepared prompts of a part: lists are generated, the others are read."
     def __init__(self, job):
         self.job = job
         self.prompts = {part: json.loads(Path(path).read_text()) for part, path in job["prompts"].items()}
@@ -120,7 +120,7 @@ class Rival:
         rows = asked["rows"][:texts]
         self.prepare()
         started = time.perf_counter()
-        if part == "steps":
+        if "limit" in asked:
             answer = self.generate(rows, asked)
         else:
             flat, tokens = self.read([row for questions in rows for row in questions], asked["watch"])
