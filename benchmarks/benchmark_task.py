@@ -38,14 +38,14 @@ def prepared_prompts(lm: LM, task: AnnotatedTexts, shown: dict, marginal_texts: 
     binary = [binary_prompts(text, shown["pairs"], shown["binary_shown"], task.kind) for text in task.texts]
     tokens = AnswerTokens(lm, task.labels)
     every = sorted({token for form in tokens.first + tokens.later for token in form.ids})
-    return {"steps": list_prompts(lm, task, shown["demonstrations"]),
-            **{part: list_prompts(lm, task, shown[part]) for part in DRAWS},
+    return {"steps": steps_prompts(lm, task, shown["demonstrations"]),
+            **{part: steps_prompts(lm, task, shown[part]) for part in DRAWS},
             "unary": {"rows": questions(unary), "watch": first("reasonable", "unreasonable")},
             "binary": {"rows": questions(binary), "watch": first("a", "b")},
             "marginals": {**marginal_reads(lm, task.select(range(marginal_texts)), shown, every), "watch": every}}
 
 
-def list_prompts(lm: LM, task: AnnotatedTexts, shown) -> dict:
+def steps_prompts(lm: LM, task: AnnotatedTexts, shown) -> dict:
     "What a rival is given of step probing."
     asked = ask_for_lists(lm, task, demonstrations=shown)
     spelt = [form.ids[:form.lead + 1][-1] for form in asked.tokens.first]

@@ -288,7 +288,8 @@ class Comparison:
         seconds = 2 * (work["weights"] + work["vocabulary"]) / texts / max(speed)
         with_attention = 2 * sum(work.values()) / texts / max(speed)
         computed = [row["tokens_a_text"] for row in self.rows if row["part"] == part and row["contender"] == "ours"][-1]
-        return {"dtype": self.dtype, "part": part, "common_beginning": common_prefix(self._rows(part)), "counted_on_texts": texts, "needed_tokens_a_text": needed.tokens / texts,
+        return {"dtype": self.dtype, "part": part, "common_beginning": common_prefix(self._rows(part)), "counted_on_texts": texts,
+                "needed_tokens_a_text": needed.tokens / texts,
                 "computed_tokens_a_text": computed, "read_rows_a_text": needed.reads / texts,
                 **{f"gflop_{kind}_a_text": 2e-9 * count / texts for kind, count in work.items()},
                 "gflops_before": speed[0] / 1e9, "gflops_after": speed[1] / 1e9, "limit_seconds_a_text": seconds,

@@ -56,7 +56,7 @@ class Ours:
         task = self.texts.select(range(texts))
         self.counter.take()
         started = time.perf_counter()
-        answer = self.steps(task, shown=part) if part in self.job else getattr(self, part)(task)
+        answer = self.steps(task, shown=part) if part in self.job else getattr(self, part)(task)  # a draw's demonstrations have its name
         seconds = time.perf_counter() - started
         return {"seconds": seconds, "tokens": self.counter.take(), **answer()}
 

@@ -185,7 +185,8 @@ def plot_next_labels(steps: pd.DataFrame, most_steps: int = 3, axis: plt.Axes | 
     sns.violinplot(tidy.assign(series=tidy["series"].map(SERIES)), x="step", y="probability", hue="series", hue_order=SERIES.values(),
                    palette="colorblind", cut=0, inner="quart", density_norm="width", linewidth=0.8, gap=0.1, ax=axis)
     followed = shown.groupby("step")["runner_up_next"].agg(["mean", "count"])
-    axis.set_xticks(range(len(followed)), [f"{step}\n{at['mean']:.0%} of {at['count']:.0f}" if at["count"] else f"{step}" for step, at in followed.iterrows()])
+    said = [f"\n{share:.0%} of {count}" if count else "" for share, count in zip(followed["mean"], followed["count"])]
+    axis.set_xticks(range(len(followed)), [f"{step}{how_often}" for step, how_often in zip(followed.index, said)])
     axis.set(ylim=(0, 1 if alone else 1.3), yticks=np.linspace(0, 1, 6), xlabel="step (how often its runner-up is written next)",
              ylabel="probability over the outcomes")
     if not alone:
