@@ -14,6 +14,7 @@ import ctypes
 import inspect
 import os
 import warnings
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -607,21 +608,22 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
 
 
 class TokenRows(Sequence):
-    "Rows of token ids; what all of them begin with, at least one token left to each, is kept once."
+    "Rows of token ids; what all of them begin with, at least one token left to each, is kept once, the `tails` in 4 bytes a token."
     def __init__(self, rows: Iterable[Sequence[int]]):
         first, cuts, self.tails = [], [], []
         for row in rows:
             first = first or row
             cuts.append(common_prefix([first[:cuts[-1] + 1] if cuts else first, row]))
-            self.tails.append(row[cuts[-1]:])
+            self.tails.append(array("i", row[cuts[-1]:]))
         self.shared = list(first[:cuts[-1]]) if cuts else []
-        self.tails = [[*first[cuts[-1]:cut], *tail] for cut, tail in zip(cuts, self.tails)]
+        for i, cut in enumerate(cuts):
+            self.tails[i][:0] = array("i", first[cuts[-1]:cut])
 
     def __len__(self):
         return len(self.tails)
 
     def __getitem__(self, i: int | slice) -> list:
-        return [self.shared + tail for tail in self.tails[i]] if isinstance(i, slice) else self.shared + self.tails[i]
+        return [[*self.shared, *tail] for tail in self.tails[i]] if isinstance(i, slice) else [*self.shared, *self.tails[i]]
 
     def lengths(self) -> list[int]:
         "Of each row."

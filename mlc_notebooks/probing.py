@@ -18,7 +18,7 @@ import time
 import unicodedata
 import warnings
 from collections import Counter, defaultdict, deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -168,10 +168,11 @@ class Drafts:
 
     What stands behind the last three tokens in most of the answers learned so far comes next, else what the format asks
     for, else what this answer wrote behind the same three tokens before, else what mostly stands behind the last two or one.
-    A guess ends where it would be wrong three times in ten: what it costs are its tokens, what it saves is but a pass.
+    While texts wait for their turn, a guess ends where it would be wrong one time in ten: a wrong token takes another text's
+    place. Once none `waits`, it ends where it would be wrong half of the time, since what it saves is a pass.
     """
     def __init__(self, tokens: AnswerTokens):
-        self.tokens, self.most, self.following = tokens, len(tokens.opening) + 8, defaultdict(Counter)
+        self.tokens, self.most, self.following, self.waits = tokens, len(tokens.opening) + 8, defaultdict(Counter), True
 
     def learn(self, ids: Sequence[int]):
         "Of a whole answer, but for its last token: nothing needs to be known behind that one."
@@ -181,11 +182,11 @@ class Drafts:
 
     def guess(self, ids: Sequence[int], room: int) -> list[int]:
         "At most `room` tokens that may follow `ids`."
-        guess, right, room = [], 1.0, min(room, self.most)
+        guess, right, room, least = [], 1.0, min(room, self.most), 0.9 if self.waits else 0.5
         while len(guess) < room:
             more, sure = self._next([*ids, *guess])
             right *= sure
-            if not more or right < 0.7:
+            if not more or right < least:
                 break
             guess += more
         return guess[:room]
@@ -318,23 +319,24 @@ def _tokens(feed: Feed) -> int:
     return sum(len(node.ids) for node in feed.nodes)
 
 
-def run_together(tree, answers: Sequence[Generator], watch, sizes: Sequence[int], most: int, keep: bool = False) -> Iterator:
+def run_together(tree, answers: Iterable[Generator], watch, sizes: Sequence[int], most: int, keep: bool = False) -> Iterator:
     """What each of some generators returns, in their order; each pass of the model serves all that are under way.
 
     A generator yields a `Feed` and is sent what is `Seen` behind its nodes. Where one ends, its nodes are forgotten (unless
     `keep`) and others begin: as many as fill a pass, while the tokens of all under way are at most `most`, each answer's as many
-    as its size says or as it has grown to.
+    as its size says or as it has grown to. So `answers` may make each generator when its turn comes.
     """
-    waiting, under_way, grown, done, told, more = deque(enumerate(answers)), {}, {}, {}, 0, 0
+    answers, waiting, under_way, grown, done, told, more = iter(answers), deque(enumerate(sizes)), {}, {}, {}, 0, 0
     while waiting or under_way:
         tokens, reads = (sum(count(feed) for _, feed in under_way.values()) for count in (_tokens, lambda feed: len(feed.nodes)))
         held = sum(max(sizes[row], sum(len(node.ids) for node in grown[row])) for row in under_way)
-        while waiting and (not under_way or tokens + sizes[waiting[0][0]] <= tree.tokens_per_pass
-                           and reads + more <= tree.reads_per_pass and held + sizes[waiting[0][0]] <= most):
-            row, answer = waiting.popleft()
+        while waiting and (not under_way or tokens + waiting[0][1] <= tree.tokens_per_pass
+                           and reads + more <= tree.reads_per_pass and held + waiting[0][1] <= most):
+            row, size = waiting.popleft()
+            answer = next(answers)
             under_way[row], grown[row] = (answer, feed := next(answer)), []
             more = len(feed.nodes)  # those that begin together begin alike
-            tokens, reads, held = tokens + _tokens(feed), reads + more, held + sizes[row]
+            tokens, reads, held = tokens + _tokens(feed), reads + more, held + size
         reading = tree.compute([node for _, feed in under_way.values() for node in feed.nodes], watch)
         at, over = itertools.count(), []
         for row, (answer, feed) in list(under_way.items()):
@@ -604,27 +606,32 @@ def _merges(lm, prompt, tokens):
     return joint[:len(ids)] != ids
 
 # %% ../nbs/05_probing.ipynb #2d754dbe
-def _answer(decoder: Generator, reader: StepReader) -> Generator:
-    "Decode an answer, then read its steps."
-    decoded = yield from decoder
-    return decoded, (yield from read_steps(decoded.steps, reader))
+def _answer(start: Node, make_decoder, drafts: Drafts, reader: StepReader) -> Generator:
+    "Decode an answer to a text, then read its steps."
+    decoded = yield from make_decoder(start, drafts)
+    found = yield from read_steps(decoded.steps, reader)
+    return decoded, found, [_Place(decoded.steps, i, start) for i in range(len(found))]
 
 
 def _probe_batch(tree, suffixes, reader, make_decoder, hidden, attention) -> Iterator[tuple]:
     "Answers to a batch of texts: output, outcomes, flags and steps of each."
     tree.rewind()
-    starts, drafts, with_states = [Node(tree.root, ids) for ids in suffixes], Drafts(reader.tokens), bool(hidden or attention)
+    drafts, with_states = Drafts(reader.tokens), bool(hidden or attention)
     sizes, most = [len(ids) + len(reader.tokens.opening) + 8 for ids in suffixes], tokens_under_way(tree.lm)
-    answers = run_together(tree, [_answer(make_decoder(start, drafts), reader) for start in starts], reader.watch, sizes, most, with_states)
+
+    def begin():
+        for row, ids in enumerate(suffixes, 1):
+            drafts.waits = row < len(suffixes)
+            yield _answer(Node(tree.root, ids), make_decoder, drafts, reader)
+    answers = run_together(tree, begin(), reader.watch, sizes, most, with_states)
     if not with_states:
-        for start, (decoded, found) in zip(starts, answers):
-            yield _one_answer(decoded, found, _places(decoded, start), [{}] * len(found))
+        for decoded, found, places in answers:
+            yield _one_answer(decoded, found, places, [{}] * len(places))
         return
     answers = list(answers)
-    places = [_places(decoded, start) for start, (decoded, _) in zip(starts, answers)]
-    states = iter(_states(tree, sum(places, []), reader.tokens, hidden, attention))
-    for (decoded, found), mine in zip(answers, places):
-        yield _one_answer(decoded, found, mine, [next(states) for _ in mine])
+    states = iter(_states(tree, [place for *_, places in answers for place in places], reader.tokens, hidden, attention))
+    for decoded, found, places in answers:
+        yield _one_answer(decoded, found, places, [next(states) for _ in places])
 
 
 def _one_answer(decoded, found, places, states) -> tuple:
@@ -642,10 +649,6 @@ def _turns(by_length: list[int], texts: Sequence[str]) -> list[int]:
     """
     ends = lambda i: unicodedata.category(texts[i].rstrip()[-1]).startswith("P")
     return by_length[:32] + sorted(by_length[32:][::-1], key=ends)
-
-
-def _places(decoded, start):
-    return [_Place(decoded.steps, i, start) for i in range(len(decoded.steps))]
 
 
 @dataclass
