@@ -324,9 +324,11 @@ def run_together(tree, answers: Iterable[Generator], watch, sizes: Sequence[int]
 
     A generator yields a `Feed` and is sent what is `Seen` behind its nodes. Where one ends, its nodes are forgotten (unless
     `keep`) and others begin: as many as fill a pass, while the tokens of all under way are at most `most`, each answer's as many
-    as its size says or as it has grown to. So `answers` may make each generator when its turn comes.
+    as its size says or as it has grown to. So `answers` may make each generator when its turn comes. Where feeds are large, three
+    passes serve some of them, the others next, so that the tries of many labels do not lie in memory for all texts at once.
     """
     answers, waiting, under_way, grown, done, told, more = iter(answers), deque(enumerate(sizes)), {}, {}, {}, 0, 0
+    at_once = 3 * min(tree.tokens_per_pass, tree.reads_per_pass)  # tokens, each of which may be read
     while waiting or under_way:
         tokens, reads = (sum(count(feed) for _, feed in under_way.values()) for count in (_tokens, lambda feed: len(feed.nodes)))
         held = sum(max(sizes[row], sum(len(node.ids) for node in grown[row])) for row in under_way)
@@ -337,16 +339,17 @@ def run_together(tree, answers: Iterable[Generator], watch, sizes: Sequence[int]
             under_way[row], grown[row] = (answer, feed := next(answer)), []
             more = len(feed.nodes)  # those that begin together begin alike
             tokens, reads, held = tokens + _tokens(feed), reads + more, held + size
-        reading = tree.compute([node for _, feed in under_way.values() for node in feed.nodes], watch)
+        served = next(in_chunks(list(under_way), (_tokens(feed) for _, feed in under_way.values()), at_once))
+        reading = tree.compute([node for row in served for node in under_way[row][1].nodes], watch)
         at, over = itertools.count(), []
-        for row, (answer, feed) in list(under_way.items()):
+        for row in served:
+            answer, feed = under_way.pop(row)
             seen = [Seen(node, reading.logprobs[i], int(reading.best[i]), float(reading.margin[i])) for node, i in zip(feed.nodes, at)]
             (grown[row] if feed.keep else over).extend(feed.nodes)
             try:
-                under_way[row] = answer, answer.send(seen)
+                under_way[row] = answer, answer.send(seen)  # behind those that are still to be served
             except StopIteration as stop:
                 done[row] = stop.value
-                del under_way[row]
                 over += [] if keep else grown.pop(row)
         tree.forget(over)
         while told in done:
