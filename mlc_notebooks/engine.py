@@ -352,7 +352,7 @@ def in_chunks(items: Sequence, sizes: Iterable[int], most: int) -> Iterator[list
 class PackedTree:
     "A prompt tree in one row of tokens with one cache; the shared prefix is computed when it is made."
     def __init__(self, lm: LM, shared: Sequence[int] = (), tokens_per_pass: int = 512):
-        self.lm, self.tokens_per_pass, self.reads_per_pass = lm, tokens_per_pass, _reads_within(lm, 64)
+        self.lm, self.tokens_per_pass, self.reads_per_pass = lm, tokens_per_pass, _reads_within(lm, 16 * lm.model.dtype.itemsize)
         room = len(shared) + 2 * tokens_under_way(lm) + tokens_per_pass  # twice: answers may grow past what was expected of them
         self.slots, self.trunk, self.slot_positions = _Slots(room), 0, np.zeros(0, int)
         config = lm.model.config.get_text_config()
@@ -366,7 +366,7 @@ class PackedTree:
         self.by_limb = lm.by_limb and bool(_flash) and lm.device.type == "cpu" and not (self.has_two_masks or self.windowed_only)
         self.forward = None  # where it fits, passes are computed by it instead of the model's own code
         if self.by_limb and LlamaForward.fits(lm.model):
-            self.forward = LlamaForward(lm.model, tokens_per_pass + _FILL_TOKENS, self.reads_per_pass + _FILL_READS)
+            self.forward = LlamaForward(lm.model, tokens_per_pass + _FILL, self.reads_per_pass + _FILL)
         if shared:
             self.compute([self.root])
             self.trunk, self.kept = len(self.root.ids), {}
@@ -409,7 +409,7 @@ class PackedTree:
     def _run(self, pieces, watch, hidden, attention):
         layout = self._layout(pieces)
         reads = layout.reads or [0]
-        keep = [*reads, *reads[:1] * (self._filled(len(reads), _FILL_READS) - len(reads))]
+        keep = [*reads, *reads[:1] * (self._filled(len(reads)) - len(reads))]
         as_row = lambda values: torch.as_tensor(np.asarray(values)[None], device=self.lm.device)
         limbs = None
         if self.by_limb and not attention and all(twig.trunk == self.trunk for twig in layout.twigs):
@@ -444,15 +444,15 @@ class PackedTree:
         _give_back_memory(size)
         return reading
 
-    def _filled(self, count: int, unit: int) -> int:
-        """Up to how many rows so many are filled up: on processors a multiple of `unit`, or a power of 2 below that.
+    def _filled(self, count: int) -> int:
+        """Up to how many rows so many are filled up: on processors a multiple of 32, or a power of 2 below that.
 
         oneDNN compiles and keeps a kernel for each size that it meets (about 5 MB for all products of a layer and the
         vocabulary's), and products with an odd number of columns take up to 60 % longer.
         """
         if self.lm.device.type != "cpu":
             return count
-        return -(-count // unit) * unit if count > unit // 2 else 1 << (count - 1).bit_length()
+        return -(-count // _FILL) * _FILL if count > _FILL // 2 else 1 << (count - 1).bit_length()
 
     def _layout(self, pieces) -> Layout:
         "Give the tokens of a pass their slots, and say what each sees; tokens that fill it up get theirs for this pass only."
@@ -460,7 +460,7 @@ class PackedTree:
         ids = [i for node, begin, end in pieces for i in node.ids[begin:end]]
         positions = [i for node, begin, end in pieces for i in range(node.depth + begin, node.depth + end)]
         ends = np.cumsum([end - begin for _, begin, end in pieces])
-        count, filling = len(ids), [0] * (self._filled(len(ids), _FILL_TOKENS) - len(ids))
+        count, filling = len(ids), [0] * (self._filled(len(ids)) - len(ids))
         slots = self.slots.take(count + len(filling))
         self.slots.give_back(slots[count:].tolist())
         limbs = {}
@@ -519,7 +519,7 @@ def _reads_within(lm: LM, megabytes: int) -> int:
     return max(1, megabytes * 2**20 // (lm.model.config.get_text_config().vocab_size * lm.model.dtype.itemsize))
 
 
-_FILL_TOKENS, _FILL_READS = 16, 32  # see `_filled`; most passes are full, but hardly two have as many reads
+_FILL = 32  # see `_filled`
 _TWIG = 64  # new tokens of a limb that are looked at together: more would see too much of each other, fewer copy more
 
 
