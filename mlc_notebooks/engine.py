@@ -37,12 +37,16 @@ class Node:
     slots: np.ndarray | None = field(default=None, repr=False)  # where a tree keeps its tokens
 
     def __post_init__(self):
-        if self.parent is None:
-            self.depth, self.limb = 0, self
-        else:
+        self.depth, self.grows_on = 0, None
+        if self.parent is not None:
             self.at = len(self.parent.ids) if self.at is None else self.at
             self.depth = self.parent.depth + self.at
-            self.limb = self if self.parent.parent is None else self.parent.limb  # the root's child that it grows on
+            self.grows_on = None if self.parent.parent is None else self.parent.limb  # not itself: a cycle would stay in memory
+
+    @property
+    def limb(self) -> "Node":
+        "The root's child that it grows on, or is; of the root, itself."
+        return self if self.grows_on is None else self.grows_on
 
     def branch(self) -> "Node":
         "This node's last token once more, as a node of its own."
