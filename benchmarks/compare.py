@@ -77,6 +77,7 @@ class Contender:
     "A contender's process: asked on its standard input, stopped while others run."
     def __init__(self, name: str, job: Path, python: Path, log: Path, threads: int):
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        environment.pop("ONEDNN_PRIMITIVE_CACHE_CAPACITY", None)  # our engine's setting, which `ours` makes for itself
         if name in ENVIRONMENTS:
             environment.pop("PYTHONPATH", None)
         if ENVIRONMENTS.get(name) == "vllm":  # what its installation guide advises for speed

@@ -451,8 +451,8 @@ class PackedTree:
     def _filled(self, count: int) -> int:
         """Up to how many rows so many are filled up: on processors a multiple of 32, or a power of 2 below that.
 
-        oneDNN compiles and keeps a kernel for each size that it meets (about 5 MB for all products of a layer and the
-        vocabulary's), and products with an odd number of columns take up to 60 % longer.
+        oneDNN compiles a kernel for each size that it meets (about 5 MB for all products of a layer and the vocabulary's),
+        and products with an odd number of columns take up to 60 % longer.
         """
         if self.lm.device.type != "cpu":
             return count
@@ -524,6 +524,7 @@ def _reads_within(lm: LM, megabytes: int) -> int:
 
 
 _FILL = 32  # see `_filled`
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # kernels kept: 1,024 fill memory for hours
 _TWIG = 64  # new tokens of a limb that are looked at together: more would see too much of each other, fewer copy more
 
 
