@@ -480,5 +480,5 @@ if __name__ == "__main__":
     print("\n".join(page))
     if arguments.record:
         RECORDED.mkdir(exist_ok=True)
-        for path in [*arguments.out.glob("*.csv"), arguments.out / "benchmark.md"]:
-            shutil.copy(path, RECORDED)
+        for name in ("comparison.csv", "limit.csv", "goals.csv", "repeats.csv", "benchmark.md"):
+            shutil.copy(arguments.out / name, RECORDED)

@@ -1,7 +1,7 @@
 """How the cost of step probing grows: time and peak memory against texts, labels, shots and model size.
 
     make growth                                              # a table and a figure in runs/benchmark
-    .venv/bin/python benchmarks/growth.py --small            # the same in about two minutes, to try it
+    .venv/bin/python benchmarks/growth.py --small            # the same in about four minutes, to try it
 
 Every point is a process of its own, which loads the model and probes once; time is that of `probe_steps`, memory the peak
 of the process, imports and loading included.
@@ -72,22 +72,22 @@ def peak_megabytes() -> float:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), np.nan)
 
 
-def measure(point: dict, dtype: str) -> dict:
+def measure(point: dict) -> dict:
     "Time, tokens and memory of one point, in this process."
-    lm, task = load_lm(point["model"], dtype=dtype), growth_task(point["texts"], point["labels"])
+    lm, task = load_lm(point["model"], dtype=point["dtype"]), growth_task(point["texts"], point["labels"])
     probe_steps(lm, ["warm up", "warmer"], 0, labels=["yes", "no"], progress=False)
     counter, started = TokenCounter(lm.model), time.perf_counter()
     trace = probe_steps(lm, task, point["shots"], reading=point["reading"], progress=False)
     seconds = time.perf_counter() - started
     weights = sum(parameter.numel() for parameter in lm.model.parameters())
-    return {**point, "dtype": dtype, "million_parameters": weights / 1e6, "weights_mb": weights * lm.model.dtype.itemsize / 2**20,
+    return {**point, "million_parameters": weights / 1e6, "weights_mb": weights * lm.model.dtype.itemsize / 2**20,
             "seconds": seconds, "seconds_a_text": seconds / len(task), "tokens_a_text": counter.take() / len(task),
             "steps_a_text": len(trace.steps) / len(task), "peak_mb": peak_megabytes()}
 
 
-def in_own_process(point: dict, dtype: str) -> dict | None:
+def in_own_process(point: dict) -> dict | None:
     "`measure` in a new process; None, with a note, where it fails."
-    done = subprocess.run([sys.executable, __file__, "--dtype", dtype, "--point", json.dumps(point)], stdout=subprocess.PIPE,
+    done = subprocess.run([sys.executable, __file__, "--point", json.dumps(point)], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True)
     if done.returncode:
         print(f"{point} failed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
@@ -106,48 +106,51 @@ def points(small: bool) -> list[tuple[str, dict]]:
 
 
 def draw(table: pd.DataFrame, path: Path):
-    "Time above, memory below, a column for each thing that grows."
+    "Time above, memory below, a column for each thing that grows, a colour for each dtype."
     import matplotlib.pyplot as plt  # not above: every point counts the memory of what it imports
     import seaborn as sns
     sns.set_theme(style="whitegrid", palette="colorblind")
-    time_color, memory_color, bound_color = sns.color_palette("colorblind")[:3]
     figure, axes = plt.subplots(2, len(AXES), figsize=(3.6 * len(AXES), 6), sharex="col", layout="constrained")
     for column, (sweep, title) in enumerate(AXES.items()):
-        part = table[table["sweep"] == sweep].sort_values("million_parameters" if sweep == "model" else sweep)
-        x = part["million_parameters" if sweep == "model" else sweep]
+        size = "million_parameters" if sweep == "model" else sweep
         above, below = axes[:, column]
-        above.plot(x, 1000 * part["seconds_a_text"], "o-", color=time_color)
-        below.plot(x, part["peak_mb"], "o-", color=memory_color, label="peak")
-        below.plot(x, 1.5 * part["weights_mb"] + 700, "--", color=bound_color, label="1.5 x weights + 700 MB")
+        of_sweep = table[table["sweep"] == sweep].sort_values(size)
+        for color, (dtype, part) in zip(sns.color_palette("colorblind"), of_sweep.groupby("dtype", sort=False)):
+            above.plot(part[size], 1000 * part["seconds_a_text"], "o-", color=color, label=dtype)
+            below.plot(part[size], part["peak_mb"], "o-", color=color)
+            below.plot(part[size], 1.5 * part["weights_mb"] + 700, "--", color=color)
         below.set_xlabel(title)
         if sweep != "shots":
+            ticks = sorted(set(of_sweep[size]))
             below.set_xscale("log")
-            below.set_xticks(x.tolist(), [f"{value:,.0f}" for value in x])
+            below.set_xticks(ticks, [f"{value:,.0f}" for value in ticks])
             below.minorticks_off()
         for axis in (above, below):
             axis.set_ylim(0, 1.15 * max(line.get_ydata().max() for line in axis.lines))
         below.tick_params(axis="x", rotation=45 if sweep in ("texts", "model") else 0)
     axes[0, 0].set_ylabel("milliseconds a text")
     axes[1, 0].set_ylabel("peak memory (MB)")
-    axes[1, 0].legend(frameon=False, loc="lower right")
+    axes[1, 0].plot([], [], "--", color="grey", label="1.5 x weights + 700 MB")
+    for axis in axes[:, 0]:
+        axis.legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="few points, about two minutes")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--small", action="store_true", help="few points, about four minutes")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--out", type=Path, default=HERE.parent / "runs" / "benchmark")
     parser.add_argument("--record", action="store_true", help="also copy table and figure to benchmarks/recorded")
     parser.add_argument("--point", help=argparse.SUPPRESS)  # one measurement, as JSON
     arguments = parser.parse_args()
     if arguments.point:
-        print(json.dumps(measure(json.loads(arguments.point), arguments.dtype)))
+        print(json.dumps(measure(json.loads(arguments.point))))
         sys.exit()
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for sweep, point in tqdm(points(arguments.small), desc="points"):
-        if row := in_own_process(point, arguments.dtype):
+    for (sweep, point), dtype in tqdm([*product(points(arguments.small), arguments.dtypes)], desc="points"):
+        if row := in_own_process({**point, "dtype": dtype}):
             rows.append({"sweep": sweep, **row})
             pd.DataFrame(rows).to_csv(arguments.out / "growth.csv", index=False)
     draw(pd.DataFrame(rows), arguments.out / "growth.png")

@@ -347,7 +347,8 @@ def load_lm(
 
 
 def _load_converted(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    "A fetched model in another dtype than its file has, tensor by tensor: the library maps the whole file beside the model."
+    "A fetched model in another dtype than its file has, 32 MB at a time: the library maps the whole file beside the model."
+    piece = bytearray(2**25)
     with (folder / "model.safetensors").open("rb") as file:  # a length, a header in JSON, then the bytes
         length, = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
@@ -357,7 +358,10 @@ def _load_converted(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
             begin, end = about["data_offsets"]
             file.seek(8 + length + begin)
             stored = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[about["dtype"]]
-            weights[tensor] = torch.frombuffer(bytearray(file.read(end - begin)), dtype=stored).view(about["shape"]).to(dtype)
+            weights[tensor] = torch.empty(about["shape"], dtype=dtype)
+            for part in weights[tensor].view(-1).split(len(piece) // stored.itemsize):
+                file.readinto(memoryview(piece)[:len(part) * stored.itemsize])
+                part.copy_(torch.frombuffer(piece, dtype=stored, count=len(part)))
     config = AutoConfig.from_pretrained(folder)
     model = getattr(transformers, config.architectures[0]).from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
     model.generation_config = GenerationConfig.from_pretrained(folder)
