@@ -1,7 +1,7 @@
 """How the cost of step probing grows: time and peak memory against texts, labels, shots and model size.
 
     make growth                                              # a table and a figure in runs/benchmark
-    .venv/bin/python benchmarks/growth.py --small            # the same in about four minutes, to try it
+    .venv/bin/python benchmarks/growth.py --small            # the same in about three minutes, to try it
 
 Every point is a process of its own, which loads the model and probes once; time is that of `probe_steps`, memory the peak
 of the process, imports and loading included.
@@ -138,7 +138,7 @@ def draw(table: pd.DataFrame, path: Path):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="few points, about four minutes")
+    parser.add_argument("--small", action="store_true", help="few points, about three minutes")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--out", type=Path, default=HERE.parent / "runs" / "benchmark")
     parser.add_argument("--record", action="store_true", help="also copy table and figure to benchmarks/recorded")

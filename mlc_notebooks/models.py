@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ import numpy as np
 import platformdirs
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -347,21 +347,16 @@ def load_lm(
 
 
 def _load_converted(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    "A fetched model in another dtype than its file has, 32 MB at a time: the library maps the whole file beside the model."
-    piece = bytearray(2**25)
-    with (folder / "model.safetensors").open("rb") as file:  # a length, a header in JSON, then the bytes
-        length, = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        weights = {}
-        for tensor, about in header.items():
-            begin, end = about["data_offsets"]
-            file.seek(8 + length + begin)
-            stored = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[about["dtype"]]
-            weights[tensor] = torch.empty(about["shape"], dtype=dtype)
-            for part in weights[tensor].view(-1).split(len(piece) // stored.itemsize):
-                file.readinto(memoryview(piece)[:len(part) * stored.itemsize])
-                part.copy_(torch.frombuffer(piece, dtype=stored, count=len(part)))
+    "A fetched model in another dtype than its file has, piece by piece: the library maps the whole file beside the model."
+    path, weights = folder / "model.safetensors", {}
+    with safe_open(path, "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    for name, shape in shapes.items():
+        weights[name] = torch.empty(shape, dtype=dtype)
+        for first in range(0, shape[0], 2**13):
+            rows = slice(first, first + 2**13)
+            with safe_open(path, "pt") as file:  # anew for each piece: what is read stays mapped until it is closed
+                weights[name][rows] = file.get_slice(name)[rows]
     config = AutoConfig.from_pretrained(folder)
     model = getattr(transformers, config.architectures[0]).from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
     model.generation_config = GenerationConfig.from_pretrained(folder)
