@@ -1,4 +1,5 @@
 """Hands the requirements of settings.ini to setuptools; everything else stands in pyproject.toml."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -8,7 +9,10 @@ config = ConfigParser(delimiters=["="])
 config.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
 
-extras = {key.removesuffix("_requirements"): value.split()
-          for key, value in settings.items() if key.endswith("_requirements")}
+extras = {
+    key.removesuffix("_requirements"): value.split()
+    for key, value in settings.items()
+    if key.endswith("_requirements")
+}
 
 setup(install_requires=settings["requirements"].split(), extras_require=extras)

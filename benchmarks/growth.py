@@ -6,6 +6,7 @@
 Every point is a process of its own, which loads the model and probes once; time is that of `probe_steps`, memory the peak
 of the process, imports and loading included.
 """
+
 import argparse
 import json
 import shutil
@@ -18,24 +19,35 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from contenders import TokenCounter
 from tqdm import tqdm
 
-from contenders import TokenCounter
-from mlc_notebooks.data import AnnotatedTexts, load_task
-from mlc_notebooks.labels import LabelSet
+from mlc_notebooks.data import AnnotatedTexts, LabelSet, load_task
 from mlc_notebooks.models import WHEEL_MODELS, cache_folder, load_lm
 from mlc_notebooks.probing import probe_steps
 
 HERE = Path(__file__).parent
 USUAL = {"texts": 64, "labels": 7, "shots": 10, "model": "smollm2-135m", "reading": "first_token"}
-SWEEPS = {"texts": (64, 256, 1024, 4096, 10_000), "labels": (4, 10, 25, 50, 100, 200), "shots": (0, 5, 10, 20, 40)}
+SWEEPS = {
+    "texts": (64, 256, 1024, 4096, 10_000),
+    "labels": (4, 10, 25, 50, 100, 200),
+    "shots": (0, 5, 10, 20, 40),
+}
 SMALL = {"texts": (16, 64), "labels": (4, 25), "shots": (0, 10)}
-AXES = {"texts": "texts", "labels": "labels (exact reading)", "shots": "demonstrations", "model": "million parameters"}
+AXES = {
+    "texts": "texts",
+    "labels": "labels (exact reading)",
+    "shots": "demonstrations",
+    "model": "million parameters",
+}
 
 
 def numbered(texts: list[str], wanted: int) -> list[str]:
     "As many texts as wanted: after the first round each has a running number in front, so that none is computed twice."
-    return [text if i < len(texts) else f"{i}. {text}" for i, text in ((i, texts[i % len(texts)]) for i in range(wanted))]
+    return [
+        text if i < len(texts) else f"{i}. {text}"
+        for i, text in ((i, texts[i % len(texts)]) for i in range(wanted))
+    ]
 
 
 def made_up_labels(count: int) -> LabelSet:
@@ -52,7 +64,13 @@ def relabelled(task: AnnotatedTexts, labels: LabelSet) -> AnnotatedTexts:
 
     def annotate(texts):
         chosen = [rng.choice(len(labels), rng.integers(1, 4), replace=False) for _ in texts.texts]
-        return replace(texts, labels=labels, annotations=[np.isin(range(len(labels)), c)[None].astype(np.uint8) for c in chosen], splits={})
+        return replace(
+            texts,
+            labels=labels,
+            annotations=[np.isin(range(len(labels)), c)[None].astype(np.uint8) for c in chosen],
+            splits={},
+        )
+
     return replace(annotate(task), splits={"train": annotate(task.pool)})
 
 
@@ -61,7 +79,12 @@ def growth_task(texts: int, labels: int) -> AnnotatedTexts:
     task = load_task("goemotions").sample(min(texts, 1000), seed=0)
     if texts > len(task):
         many = numbered(list(task.texts), texts)
-        task = replace(task, ids=[str(i) for i in range(texts)], texts=many, annotations=[task.annotations[i % len(task)] for i in range(texts)])
+        task = replace(
+            task,
+            ids=[str(i) for i in range(texts)],
+            texts=many,
+            annotations=[task.annotations[i % len(task)] for i in range(texts)],
+        )
     return task if labels == len(task.labels) else relabelled(task, made_up_labels(labels))
 
 
@@ -74,21 +97,35 @@ def peak_megabytes() -> float:
 
 def measure(point: dict) -> dict:
     "Time, tokens and memory of one point, in this process."
-    lm, task = load_lm(point["model"], dtype=point["dtype"]), growth_task(point["texts"], point["labels"])
+    lm, task = (
+        load_lm(point["model"], dtype=point["dtype"]),
+        growth_task(point["texts"], point["labels"]),
+    )
     probe_steps(lm, ["warm up", "warmer"], 0, labels=["yes", "no"], progress=False)
     counter, started = TokenCounter(lm.model), time.perf_counter()
     trace = probe_steps(lm, task, point["shots"], reading=point["reading"], progress=False)
     seconds = time.perf_counter() - started
     weights = sum(parameter.numel() for parameter in lm.model.parameters())
-    return {**point, "million_parameters": weights / 1e6, "weights_mb": weights * lm.model.dtype.itemsize / 2**20,
-            "seconds": seconds, "seconds_a_text": seconds / len(task), "tokens_a_text": counter.take() / len(task),
-            "steps_a_text": len(trace.steps) / len(task), "peak_mb": peak_megabytes()}
+    return {
+        **point,
+        "million_parameters": weights / 1e6,
+        "weights_mb": weights * lm.model.dtype.itemsize / 2**20,
+        "seconds": seconds,
+        "seconds_a_text": seconds / len(task),
+        "tokens_a_text": counter.take() / len(task),
+        "steps_a_text": len(trace.steps) / len(task),
+        "peak_mb": peak_megabytes(),
+    }
 
 
 def in_own_process(point: dict) -> dict | None:
     "`measure` in a new process; None, with a note, where it fails."
-    done = subprocess.run([sys.executable, __file__, "--point", json.dumps(point)], stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--point", json.dumps(point)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     if done.returncode:
         print(f"{point} failed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
         return None
@@ -99,23 +136,36 @@ def points(small: bool) -> list[tuple[str, dict]]:
     "(sweep, point) of all that is measured; models that are not in the cache are left out."
     sweeps = SMALL if small else SWEEPS
     usual = {**USUAL, "texts": 16} if small else USUAL
-    special = {"labels": {"reading": "exact", "texts": 16}}  # every spelling of every label is read at each step
-    found = [(name, {**usual, **special.get(name, {}), name: value}) for name, values in sweeps.items() for value in values]
+    special = {
+        "labels": {"reading": "exact", "texts": 16}
+    }  # every spelling of every label is read at each step
+    found = [
+        (name, {**usual, **special.get(name, {}), name: value})
+        for name, values in sweeps.items()
+        for value in values
+    ]
     here = [name for name in WHEEL_MODELS if (cache_folder() / name / "config.json").exists()]
-    return found + [("model", {**usual, "texts": 16, "model": name}) for name in (here[:1] if small else here)]
+    return found + [
+        ("model", {**usual, "texts": 16, "model": name}) for name in (here[:1] if small else here)
+    ]
 
 
 def draw(table: pd.DataFrame, path: Path):
     "Time above, memory below, a column for each thing that grows, a colour for each dtype."
     import matplotlib.pyplot as plt  # not above: every point counts the memory of what it imports
     import seaborn as sns
+
     sns.set_theme(style="whitegrid", palette="colorblind")
-    figure, axes = plt.subplots(2, len(AXES), figsize=(3.6 * len(AXES), 6), sharex="col", layout="constrained")
+    figure, axes = plt.subplots(
+        2, len(AXES), figsize=(3.6 * len(AXES), 6), sharex="col", layout="constrained"
+    )
     for column, (sweep, title) in enumerate(AXES.items()):
         size = "million_parameters" if sweep == "model" else sweep
         above, below = axes[:, column]
         of_sweep = table[table["sweep"] == sweep].sort_values(size)
-        for color, (dtype, part) in zip(sns.color_palette("colorblind"), of_sweep.groupby("dtype", sort=False)):
+        for color, (dtype, part) in zip(
+            sns.color_palette("colorblind"), of_sweep.groupby("dtype", sort=False)
+        ):
             above.plot(part[size], 1000 * part["seconds_a_text"], "o-", color=color, label=dtype)
             below.plot(part[size], part["peak_mb"], "o-", color=color)
             below.plot(part[size], 1.5 * part["weights_mb"] + 700, "--", color=color)
@@ -137,11 +187,17 @@ def draw(table: pd.DataFrame, path: Path):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--small", action="store_true", help="few points, about three minutes")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"]
+    )
     parser.add_argument("--out", type=Path, default=HERE.parent / "runs" / "benchmark")
-    parser.add_argument("--record", action="store_true", help="also copy table and figure to benchmarks/recorded")
+    parser.add_argument(
+        "--record", action="store_true", help="also copy table and figure to benchmarks/recorded"
+    )
     parser.add_argument("--point", help=argparse.SUPPRESS)  # one measurement, as JSON
     arguments = parser.parse_args()
     if arguments.point:
@@ -149,7 +205,9 @@ if __name__ == "__main__":
         sys.exit()
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for (sweep, point), dtype in tqdm([*product(points(arguments.small), arguments.dtypes)], desc="points"):
+    for (sweep, point), dtype in tqdm(
+        [*product(points(arguments.small), arguments.dtypes)], desc="points"
+    ):
         if row := in_own_process({**point, "dtype": dtype}):
             rows.append({"sweep": sweep, **row})
             pd.DataFrame(rows).to_csv(arguments.out / "growth.csv", index=False)

@@ -7,7 +7,14 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from mlc_notebooks.models import LM, fetch_model, load_lm
 
@@ -33,17 +40,33 @@ def tuned_lm():
 @pytest.fixture(scope="session")
 def next_logprobs():
     "Full-vocabulary log-probabilities after some ids: one plain forward pass of transformers."
+
     @torch.inference_mode()
     def compute(lm, ids):
         return lm.model(torch.tensor([list(ids)])).logits[0, -1].float().log_softmax(-1).numpy()
+
     return compute
 
 
-_SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=64,
-              max_position_embeddings=1024, initializer_range=0.5)  # which makes the predictions about as sharp as a real model's
+_SHAPE = dict(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    intermediate_size=64,
+    max_position_embeddings=1024,
+    initializer_range=0.5,
+)  # which makes the predictions about as sharp as a real model's
 _ARCHITECTURES = {
-    "llama": _SHAPE, "qwen2": _SHAPE, "gpt_neox": _SHAPE,
-    "gemma3_text": {**_SHAPE, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "llama": _SHAPE,
+    "qwen2": _SHAPE,
+    "gpt_neox": _SHAPE,
+    "gemma3_text": {
+        **_SHAPE,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=1024, initializer_range=0.5),
 }
 
@@ -59,7 +82,10 @@ def tiny_lms(tokenizer):
     "Random models of the architectures that people bring, by name."
     torch.manual_seed(0)
     ids = dict(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
-    make = lambda kind, shape: AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **ids, **shape)).eval()
+
+    def make(kind, shape):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **ids, **shape)).eval()
+
     return {kind: LM(kind, make(kind, shape), tokenizer) for kind, shape in _ARCHITECTURES.items()}
 
 
@@ -71,8 +97,19 @@ def tiny_folder(tmp_path_factory):
     tokens = Tokenizer(BPE({letter: i for i, letter in enumerate(["<end>", *letters])}, []))
     tokens.pre_tokenizer, tokens.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
     PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>").save_pretrained(folder)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                                         num_key_value_heads=2, eos_token_id=0, bos_token_id=None, pad_token_id=0))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=257,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            eos_token_id=0,
+            bos_token_id=None,
+            pad_token_id=0,
+        )
+    )
     with torch.no_grad():
         model.lm_head.weight *= 10  # or all bytes would be about equally likely
     model.save_pretrained(folder)

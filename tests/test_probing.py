@@ -1,17 +1,16 @@
 """The cached, batched path against its twins, on the tuned model and real texts."""
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from scipy.special import logsumexp
 
-from mlc_notebooks.data import load_task
+from mlc_notebooks.data import LabelSet, list_prompts, load_task, parse_answer
 from mlc_notebooks.engine import PlainTree, prompt_tree
-from mlc_notebooks.labels import LabelSet, parse_answer
-from mlc_notebooks.metrics import BROKEN, phenomenon
+from mlc_notebooks.metrics import BROKEN, phenomenon_table
 from mlc_notebooks.models import AnswerTokens, load_lm
 from mlc_notebooks.probing import Trace, attention_shares, probe_steps
-from mlc_notebooks.prompts import list_prompts
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +38,23 @@ def test_batches_and_order_change_nothing(tuned_lm, task, decoding, reading):
     twin = probe_steps(tuned_lm, task.select(range(4)), **ask, demonstrations=SHOWN, no_cache=True)
     whole = probe_steps(tuned_lm, task, **ask, demonstrations=SHOWN, batch_size=32)
     for size in (1, 3):
-        assert_same(probe_steps(tuned_lm, task, **ask, demonstrations=SHOWN, batch_size=size), whole)
-    assert_same(probe_steps(tuned_lm, task.select(range(4)), **ask, demonstrations=SHOWN, batch_size=32), twin)
-    backwards = probe_steps(tuned_lm, task.select(range(11, -1, -1)), **ask, demonstrations=SHOWN, batch_size=32)
-    order = np.concatenate([np.flatnonzero(backwards.steps["example"] == item) for item in task.ids])
-    backwards.items, backwards.steps = backwards.items.loc[list(task.ids)], backwards.steps.iloc[order].reset_index(drop=True)
+        assert_same(
+            probe_steps(tuned_lm, task, **ask, demonstrations=SHOWN, batch_size=size), whole
+        )
+    assert_same(
+        probe_steps(tuned_lm, task.select(range(4)), **ask, demonstrations=SHOWN, batch_size=32),
+        twin,
+    )
+    backwards = probe_steps(
+        tuned_lm, task.select(range(11, -1, -1)), **ask, demonstrations=SHOWN, batch_size=32
+    )
+    order = np.concatenate(
+        [np.flatnonzero(backwards.steps["example"] == item) for item in task.ids]
+    )
+    backwards.items, backwards.steps = (
+        backwards.items.loc[list(task.ids)],
+        backwards.steps.iloc[order].reset_index(drop=True),
+    )
     backwards.logprobs = backwards.logprobs[order]
     assert_same(backwards, whole)
 
@@ -55,14 +66,19 @@ def test_guided_writes_what_free_writes(tuned_lm, task):
     "Wherever free decoding keeps to the format, without preamble, repeat, invention or none beside a label."
     free = probe_steps(tuned_lm, task, shots=0, progress=False)
     guided = probe_steps(tuned_lm, task, shots=0, decoding="guided", progress=False)
-    clean = free.items["flags"].map(lambda flags: not set(flags) & {*BROKEN, "preamble", "forced", "near_tie"})
+    clean = free.items["flags"].map(
+        lambda flags: not set(flags) & {*BROKEN, "preamble", "forced", "near_tie"}
+    )
     assert clean.sum() >= 8
     assert (free.items["outcomes"] == guided.items["outcomes"])[clean].all()
     assert not guided.items["flags"].map(set).map(lambda flags: flags - {"near_tie"}).any()
 
 
-@pytest.mark.parametrize("options", [dict(chat=True), dict(fmt="comma"), dict(fmt="polysyndeton"), dict(chat=True, fmt="comma")],
-                         ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize(
+    "options",
+    [dict(chat=True), dict(fmt="comma"), dict(fmt="polysyndeton"), dict(chat=True, fmt="comma")],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
 @pytest.mark.parametrize("decoding", ["free", "guided"])
 def test_other_ways_to_ask_agree_with_their_twin(tuned_lm, task, options, decoding):
     ask = dict(demonstrations=SHOWN, decoding=decoding, progress=False, **options)
@@ -84,22 +100,37 @@ def obvious_exact(lm, next_logprobs, context, forms, tokens):
     "Score each form's tokens one by one and add the log-sum-exp over the terminators."
     scores = [[] for _ in tokens.labels.outcomes]
     for form in forms:
-        steps = [next_logprobs(lm, [*context, *form.ids[:i]])[token] for i, token in enumerate(form.ids)]
-        scores[form.outcome].append(sum(steps) + logsumexp(next_logprobs(lm, [*context, *form.ids])[tokens.terminators]))
+        steps = [
+            next_logprobs(lm, [*context, *form.ids[:i]])[token] for i, token in enumerate(form.ids)
+        ]
+        scores[form.outcome].append(
+            sum(steps) + logsumexp(next_logprobs(lm, [*context, *form.ids])[tokens.terminators])
+        )
     return np.array([logsumexp(values) for values in scores])
 
 
-@pytest.mark.parametrize("fmt, names, none", [
-    ("json", ["joy", "joyful", 'a "quoted" mood', "悲しみ"], "none"),
-    ("comma", ["moral", "morality", "two words"], "none"),
-    ("polysyndeton", ["apple", "red key"], "nothing"),
-    ("json", ["yes", "no"], None),
-])
+@pytest.mark.parametrize(
+    "fmt, names, none",
+    [
+        ("json", ["joy", "joyful", 'a "quoted" mood', "悲しみ"], "none"),
+        ("comma", ["moral", "morality", "two words"], "none"),
+        ("polysyndeton", ["apple", "red key"], "nothing"),
+        ("json", ["yes", "no"], None),
+    ],
+)
 def test_exact_is_the_obvious_sum(base_lm, next_logprobs, fmt, names, none):
     labels = LabelSet(names, none)
-    trace = probe_steps(base_lm, ["It rained all day."], shots=0, labels=labels, fmt=fmt, decoding="guided", progress=False)
+    trace = probe_steps(
+        base_lm,
+        ["It rained all day."],
+        shots=0,
+        labels=labels,
+        fmt=fmt,
+        decoding="guided",
+        progress=False,
+    )
     tokens = AnswerTokens(base_lm, labels, fmt)
-    prompt, = list_prompts(["It rained all day."], labels, fmt=fmt)
+    (prompt,) = list_prompts(["It rained all day."], labels, fmt=fmt)
     context = base_lm.encode_prompt(prompt) + tokens.opening
     by_hand = obvious_exact(base_lm, next_logprobs, context, tokens.first, tokens)
     np.testing.assert_allclose(trace.logprobs[0], by_hand, atol=1e-3)
@@ -110,7 +141,14 @@ def test_exact_is_the_obvious_sum(base_lm, next_logprobs, fmt, names, none):
 
 def test_exact_knows_a_label_from_its_beginning(base_lm, next_logprobs):
     "joy and joyful share their first token; the terminator tells them apart."
-    trace = probe_steps(base_lm, ["We laughed."], shots=0, labels=["joy", "joyful"], decoding="guided", progress=False)
+    trace = probe_steps(
+        base_lm,
+        ["We laughed."],
+        shots=0,
+        labels=["joy", "joyful"],
+        decoding="guided",
+        progress=False,
+    )
     joy, joyful, _ = trace.logprobs[0]
     assert np.exp(joy) + np.exp(joyful) <= 1 and abs(joy - joyful) > 1e-3
 
@@ -122,7 +160,9 @@ def test_an_architecture_that_cannot_be_packed_falls_back(base_lm):
     try:
         with pytest.warns(UserWarning, match="every prompt is computed on its own"):
             assert isinstance(prompt_tree(base_lm), PlainTree)
-            plain = probe_steps(base_lm, ["It rained."], shots=0, labels=["joy", "fear"], progress=False)
+            plain = probe_steps(
+                base_lm, ["It rained."], shots=0, labels=["joy", "fear"], progress=False
+            )
     finally:
         base_lm.packs = True
     assert_same(plain, packed)
@@ -131,8 +171,15 @@ def test_an_architecture_that_cannot_be_packed_falls_back(base_lm):
 
 def test_colliding_labels_can_be_asked_for_with_a_warning(base_lm):
     with pytest.warns(UserWarning, match="joyful"):
-        trace = probe_steps(base_lm, ["We laughed."], shots=0, labels=["joy", "joyful"], reading="first_token",
-                            collisions="warn", progress=False)
+        trace = probe_steps(
+            base_lm,
+            ["We laughed."],
+            shots=0,
+            labels=["joy", "joyful"],
+            reading="first_token",
+            collisions="warn",
+            progress=False,
+        )
     assert trace.logprobs[0][0] == trace.logprobs[0][1]
 
 
@@ -141,7 +188,10 @@ def test_16_bit_is_close(task):
     ask = dict(shots=0, decoding="guided", progress=False)
     exact = probe_steps(load_lm(dtype="float32"), task, **ask)
     rough = probe_steps(load_lm(dtype="bfloat16"), task, **ask)
-    first = lambda trace: trace.probs[(trace.steps["step"] == 1).to_numpy()]
+
+    def first(trace):
+        return trace.probs[(trace.steps["step"] == 1).to_numpy()]
+
     assert 1e-5 < np.abs(first(exact) - first(rough)).max() < 0.2
 
 
@@ -149,8 +199,12 @@ def test_16_bit_is_close(task):
 def deep(tuned_lm, task):
     "Hidden states and attention of the three shortest texts that get several labels."
     several = probe_steps(tuned_lm, task, shots=0, progress=False).predictions().sum(axis=1) >= 2
-    short = [i for i in sorted(range(len(task)), key=lambda i: len(task.texts[i])) if several.iloc[i]][:3]
-    return probe_steps(tuned_lm, task.select(short), shots=0, hidden=True, attention=True, progress=False)
+    short = [
+        i for i in sorted(range(len(task)), key=lambda i: len(task.texts[i])) if several.iloc[i]
+    ][:3]
+    return probe_steps(
+        tuned_lm, task.select(short), shots=0, hidden=True, attention=True, progress=False
+    )
 
 
 @torch.inference_mode()
@@ -167,7 +221,7 @@ def full_maps(lm, ids):
 def first_tokens(lm, text, starts):
     "Where the tokens stand that hold these characters of the output."
     ids = lm.encode_text(text)
-    ends = [len(lm.decode(ids[:count + 1])) for count in range(len(ids))]
+    ends = [len(lm.decode(ids[: count + 1])) for count in range(len(ids))]
     return [next(i for i, end in enumerate(ends) if end > start) for start in starts]
 
 
@@ -179,31 +233,56 @@ def shares_by_hand(lm, text, output, labels, kind, fmt, shown):
     firsts = [len(prompt) + i for i in first_tokens(lm, output, names)]
     totals, tokens = [], []
     for number, entry in enumerate(entries[1:], 1):
-        before = lm.encode_text(output[:entry.start])
+        before = lm.encode_text(output[: entry.start])
         looks = full_maps(lm, prompt + before)[:, -1]
         earlier = firsts[:number]
-        totals.append(np.stack([looks[:, :len(prompt)].sum(1), looks[:, len(prompt):].sum(1), looks[:, earlier].sum(1)], 1))
+        totals.append(
+            np.stack(
+                [
+                    looks[:, : len(prompt)].sum(1),
+                    looks[:, len(prompt) :].sum(1),
+                    looks[:, earlier].sum(1),
+                ],
+                1,
+            )
+        )
         tokens.append([len(prompt), len(before), number])
     return totals, tokens
 
 
 def assert_shares(lm, trace, kind, fmt="json", shown=()):
     "Attention shares, by layer and over all, equal those of the full maps."
-    totals, tokens = zip(*[shares_by_hand(lm, row.text, row.output, trace.labels, kind, fmt, shown)
-                           for row in trace.items.itertuples()])
+    totals, tokens = zip(
+        *[
+            shares_by_hand(lm, row.text, row.output, trace.labels, kind, fmt, shown)
+            for row in trace.items.itertuples()
+        ]
+    )
     totals, tokens = np.array(sum(totals, [])), np.array(sum(tokens, []))
     assert len(totals) >= 2
     by_layer, over_all = attention_shares(trace, by_layer=True), attention_shares(trace)
-    np.testing.assert_allclose(by_layer["total"].to_numpy().reshape(totals.shape), totals, atol=1e-4)
-    np.testing.assert_allclose(by_layer["per_token"].to_numpy().reshape(totals.shape), totals / tokens[:, None], atol=1e-4)
-    np.testing.assert_allclose(over_all["total"].to_numpy().reshape(tokens.shape), totals.mean(1), atol=1e-4)
-    np.testing.assert_allclose(over_all["per_token"].to_numpy().reshape(tokens.shape), totals.mean(1) / tokens, atol=1e-5)
-    both = by_layer[by_layer["part"] != "first label tokens"].groupby(["example", "step", "layer"])["total"].sum()
+    np.testing.assert_allclose(
+        by_layer["total"].to_numpy().reshape(totals.shape), totals, atol=1e-4
+    )
+    np.testing.assert_allclose(
+        by_layer["per_token"].to_numpy().reshape(totals.shape), totals / tokens[:, None], atol=1e-4
+    )
+    np.testing.assert_allclose(
+        over_all["total"].to_numpy().reshape(tokens.shape), totals.mean(1), atol=1e-4
+    )
+    np.testing.assert_allclose(
+        over_all["per_token"].to_numpy().reshape(tokens.shape), totals.mean(1) / tokens, atol=1e-5
+    )
+    both = (
+        by_layer[by_layer["part"] != "first label tokens"]
+        .groupby(["example", "step", "layer"])["total"]
+        .sum()
+    )
     assert np.abs(both - 1).max() < 1e-5 and len(both) == len(totals) * totals.shape[1]
 
 
 def test_attention_is_that_of_the_full_maps(tuned_lm, task, deep):
-    assert_shares(tuned_lm, deep, task.kind)
+    assert_shares(tuned_lm, deep, task.label_noun)
     assert list(attention_shares(deep).columns) == ["example", "step", "part", "total", "per_token"]
     assert set(attention_shares(deep, by_layer=True)["layer"]) == set(range(1, 31))
 
@@ -211,19 +290,34 @@ def test_attention_is_that_of_the_full_maps(tuned_lm, task, deep):
 @pytest.mark.parametrize("decoding", ["free", "guided"])
 def test_first_tokens_are_those_of_the_labels_not_of_the_lead(base_lm, decoding):
     "Each `the` of a polysyndeton belongs to the format."
-    shown = [("Box 1 has a key and an apple.", ("apple", "red key")), ("Box 3 has a map and a key.", ("map", "red key")),
-             ("Box 2 has a map, an apple and a key.", ("map", "apple", "red key"))]
-    trace = probe_steps(base_lm, ["Box 4 has an apple and a key.", "Box 5 has a map, a key and an apple."], fmt="polysyndeton",
-                        labels=LabelSet(["apple", "map", "red key"], "nothing"), demonstrations=shown, decoding=decoding,
-                        attention=True, progress=False)
+    shown = [
+        ("Box 1 has a key and an apple.", ("apple", "red key")),
+        ("Box 3 has a map and a key.", ("map", "red key")),
+        ("Box 2 has a map, an apple and a key.", ("map", "apple", "red key")),
+    ]
+    trace = probe_steps(
+        base_lm,
+        ["Box 4 has an apple and a key.", "Box 5 has a map, a key and an apple."],
+        fmt="polysyndeton",
+        labels=LabelSet(["apple", "map", "red key"], "nothing"),
+        demonstrations=shown,
+        decoding=decoding,
+        attention=True,
+        progress=False,
+    )
     assert_shares(base_lm, trace, "labels", "polysyndeton", shown)
 
 
 def test_attention_of_one_step_or_of_none():
     "No step after the first: an empty table with its columns; no attention: an error that says how to get it."
     items = pd.DataFrame({"text": ["?"]}, pd.Index(["a"], name="id"))
-    steps = pd.DataFrame({"example": ["a"], "step": [1], "prompt_tokens": [4], "generated_tokens": [2]})
-    make = lambda attention: Trace(LabelSet(["joy"]), items, steps, np.zeros((1, 2)), {}, attention=attention)
+    steps = pd.DataFrame(
+        {"example": ["a"], "step": [1], "prompt_tokens": [4], "generated_tokens": [2]}
+    )
+
+    def make(attention):
+        return Trace(LabelSet(["joy"]), items, steps, np.zeros((1, 2)), {}, attention=attention)
+
     for by_layer, columns in ((False, 5), (True, 6)):
         assert attention_shares(make(np.ones((1, 2, 3))), by_layer).shape == (0, columns)
     with pytest.raises(ValueError, match="attention=True"):
@@ -234,8 +328,12 @@ def test_hidden_states_of_the_first_step_only(tuned_lm, task, deep):
     few = task.select([task.ids.index(item) for item in deep.items.index])
     first = (deep.steps["step"] == 1).to_numpy()
     for attention in (False, True):
-        lean = probe_steps(tuned_lm, few, shots=0, hidden="first", attention=attention, progress=False)
-        assert lean.hidden.shape == (len(few), 31, 576) and (lean.attention is not None) == attention
+        lean = probe_steps(
+            tuned_lm, few, shots=0, hidden="first", attention=attention, progress=False
+        )
+        assert (
+            lean.hidden.shape == (len(few), 31, 576) and (lean.attention is not None) == attention
+        )
         np.testing.assert_allclose(lean.hidden, deep.hidden[first], atol=1e-2, rtol=1e-3)
     assert list(lean.states(30).index) == list(deep.states(30).index) == list(few.ids)
     np.testing.assert_allclose(lean.attention, deep.attention, atol=1e-4)
@@ -251,19 +349,30 @@ def test_states_stay_on_disk_until_they_are_used(deep, tmp_path):
     pd.testing.assert_frame_equal(again.steps, deep.steps)
     pd.testing.assert_frame_equal(attention_shares(again), attention_shares(deep))
     assert again.states(7, step=2).equals(deep.states(7, step=2))
-    assert (deep.frame()["prompt_tokens"] > 20).all() and (deep.frame()["generated_tokens"] > 0).all()
+    assert (deep.frame()["prompt_tokens"] > 20).all() and (
+        deep.frame()["generated_tokens"] > 0
+    ).all()
     once_more = Trace.load(again.save(tmp_path))  # over the files that it is mapped from
     np.testing.assert_array_equal(once_more.hidden, deep.hidden)
     plain = Trace(deep.labels, deep.items, deep.steps, deep.logprobs, deep.settings)
     bare = Trace.load(plain.save(tmp_path))  # and files of an earlier trace do not stay
     assert bare.hidden is None and bare.attention is None
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["items.parquet", "trace.json", "trace.parquet"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "items.parquet",
+        "trace.json",
+        "trace.parquet",
+    ]
 
 
 def test_statistics_are_reproducible(tuned_lm):
     "To the digit with the same batch size; within the tolerances for float32 across batch sizes."
     multi = load_task("brighter-eng").sample(8, seed=5, kind="multi")
-    first, again, single = (phenomenon(probe_steps(tuned_lm, multi, shots=0, batch_size=size, progress=False), multi) for size in (4, 4, 1))
+    first, again, single = (
+        phenomenon_table(
+            probe_steps(tuned_lm, multi, shots=0, batch_size=size, progress=False), multi
+        )
+        for size in (4, 4, 1)
+    )
     pd.testing.assert_frame_equal(first, again)
     ratio = first["quantity"] == "ratio"  # of two probabilities: a relative tolerance
     pd.testing.assert_frame_equal(first[~ratio], single[~ratio], atol=1e-3, rtol=0)

@@ -1,4 +1,5 @@
 """Runs that are killed, starved of disk or memory, damaged, or given to two processes: they end with the same bits."""
+
 import json
 import multiprocessing
 import os
@@ -14,19 +15,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mlc_notebooks.data import AnnotatedTexts, load_task
-from mlc_notebooks.labels import LabelSet
+from mlc_notebooks.alignment import average_prompts, inclusion_bounds, sampled_marginals, zero_shot
+from mlc_notebooks.data import AnnotatedTexts, LabelSet, load_task
+from mlc_notebooks.engine import SettingsChanged, discard_runs, in_batches, part_bytes, read_part
 from mlc_notebooks.models import LM, load_lm
-from mlc_notebooks.output_tree import inclusion_bounds, sampled_marginals
 from mlc_notebooks.probing import Trace, probe_steps
-from mlc_notebooks.runs import SettingsChanged, discard_runs, in_batches, part_bytes, read_part
-from mlc_notebooks.zero_shot import average_prompts, zero_shot
 
-FORK = multiprocessing.get_context("fork")  # a child has model and libraries at once, so hundreds of them can be killed
+FORK = multiprocessing.get_context(
+    "fork"
+)  # a child has model and libraries at once, so hundreds of them can be killed
 LABELS = ["good", "bad", "odd"]  # and "else" for none: the random model writes all three
 ASK = dict(shots=0, decoding="guided", batch_size=2, progress=False)
 
@@ -47,7 +49,13 @@ def lm(tiny_folder):
 
 def made_task(n=24, labels=LABELS, prefix="t", text="This is text"):
     votes = [np.eye(3, dtype=int)[[i % 3]] for i in range(n)]
-    return AnnotatedTexts("made", [f"{prefix}{i}" for i in range(n)], [f"{text} {i}{'!' * (i * 7 % 11)}" for i in range(n)], LabelSet(labels, "else"), votes)
+    return AnnotatedTexts(
+        "made",
+        [f"{prefix}{i}" for i in range(n)],
+        [f"{text} {i}{'!' * (i * 7 % 11)}" for i in range(n)],
+        LabelSet(labels, "else"),
+        votes,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +70,11 @@ def assert_same_bits(one: Trace, other: Trace):
     for name in ("logprobs", "hidden", "attention"):
         mine, theirs = getattr(one, name), getattr(other, name)
         assert (mine is None) == (theirs is None)
-        assert mine is None or (mine.dtype, mine.shape, mine.tobytes()) == (theirs.dtype, theirs.shape, theirs.tobytes())
+        assert mine is None or (mine.dtype, mine.shape, mine.tobytes()) == (
+            theirs.dtype,
+            theirs.shape,
+            theirs.tobytes(),
+        )
 
 
 def in_child(work, *args):
@@ -88,7 +100,9 @@ def no_halves(folder):
 def test_a_folder_changes_nothing(lm, whole, tmp_path):
     "Neither while its batches are computed nor when they are read; and reading computes none."
     assert_same_bits(probe(lm, tmp_path), whole)
-    written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.name != "run.lock"}
+    written = {
+        path: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.name != "run.lock"
+    }
     assert len(written) == 12 + 1 and len(whole.steps) == 72
     again = probe(lm, tmp_path)
     assert_same_bits(again, whole)
@@ -127,8 +141,13 @@ def killed_at(lm, folder, count):
     left = iter(range(count - 1))
 
     def watch(event, args):
-        if event in ("open", "os.rename", "os.remove") and str(folder) in str(args[0]) and next(left, None) is None:
+        if (
+            event in ("open", "os.rename", "os.remove")
+            and str(folder) in str(args[0])
+            and next(left, None) is None
+        ):
             os.kill(os.getpid(), signal.SIGKILL)
+
     sys.addaudithook(watch)
     probe(lm, folder)
 
@@ -161,7 +180,13 @@ def with_quota(folder, limit, said):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
-        in_batches(lambda batch: count_batches(batch, [], 120), range(12), 2, folder=folder, settings={"a": 1})
+        in_batches(
+            lambda batch: count_batches(batch, [], 120),
+            range(12),
+            2,
+            folder=folder,
+            settings={"a": 1},
+        )
         said.send("done")
     except OSError as error:
         said.send(str(error))
@@ -181,7 +206,9 @@ def test_a_quota_stops_a_run_and_breaks_nothing(tmp_path):
             json.loads((folder / "manifest.json").read_text())
     assert said[-1] == "done" and "manifest.json" in said[0]
     refused = [line.split(" could not")[0].split(": ")[1] for line in said[:-1]]
-    assert refused.index("0000000.safetensors") < len(refused) - 1 - refused[::-1].index("manifest.json")  # which outgrew its room, later on
+    assert refused.index("0000000.safetensors") < len(refused) - 1 - refused[::-1].index(
+        "manifest.json"
+    )  # which outgrew its room, later on
     assert in_batches(None, range(12), 2, folder=folder, settings={"a": 1}) == expected(120)
 
 
@@ -189,15 +216,26 @@ def test_a_full_disk(tmp_path):
     "A tmpfs of 64 kB; when there is room again, the run goes on."
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(disk)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(disk)], capture_output=True
+    ).returncode:
         pytest.skip("mounting a tmpfs needs root")
     try:
         (disk / "other").write_bytes(bytes(20_000))
-        run = lambda done: in_batches(lambda batch: count_batches(batch, done, 3000), range(12), 3, folder=disk / "run", settings={})
+
+        def run(done):
+            return in_batches(
+                lambda batch: count_batches(batch, done, 3000),
+                range(12),
+                3,
+                folder=disk / "run",
+                settings={},
+            )
+
         first, second = [], []
         with pytest.raises(OSError, match=r"disk/run: .*No space left on device.*make room"):
             run(first)
-        assert 1 < len(first) and no_halves(disk)
+        assert len(first) > 1 and no_halves(disk)
         (disk / "other").unlink()
         assert run(second) == expected(3000)
         assert first[:-1] + second == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
@@ -215,7 +253,9 @@ def test_a_damaged_part_is_computed_again(lm, whole, tmp_path, harm):
     else:
         content[-9] ^= 1
         part.write_bytes({"flipped": content, "cut": content[:-1], "emptied": b""}[harm])
-    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors") if path != part}
+    kept = {
+        path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors") if path != part
+    }
     with pytest.warns(UserWarning, match="0000004.safetensors is damaged or gone: its 2 texts"):
         assert_same_bits(probe(lm, tmp_path), whole)
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
@@ -224,32 +264,65 @@ def test_a_damaged_part_is_computed_again(lm, whole, tmp_path, harm):
         assert_same_bits(probe(lm, tmp_path), whole)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"settings": 3, "batches": []}', b"\xff\xfe", "[2, 2]", "../2.safetensors"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"settings": 3, "batches": []}',
+        b"\xff\xfe",
+        "[2, 2]",
+        "../2.safetensors",
+    ],
+)
 def test_a_damaged_manifest_is_an_error_with_a_way_out(tmp_path, content):
-    run = lambda: in_batches(lambda batch: batch, range(4), 2, folder=tmp_path, settings={"a": 1})
+    def run():
+        return in_batches(lambda batch: batch, range(4), 2, folder=tmp_path, settings={"a": 1})
+
     assert run() == [0, 1, 2, 3]
     manifest = tmp_path / "manifest.json"
     if isinstance(content, str):  # valid JSON, but not what a run writes
-        content = manifest.read_text().replace("[2, 3]" if content[0] == "[" else "0000002.safetensors", content).encode()
+        content = (
+            manifest.read_text()
+            .replace("[2, 3]" if content[0] == "[" else "0000002.safetensors", content)
+            .encode()
+        )
     manifest.write_bytes(content)
-    with pytest.raises(ValueError, match=r"manifest.json is damaged \(.*to begin anew, or give another folder"):
+    with pytest.raises(
+        ValueError, match=r"manifest.json is damaged \(.*to begin anew, or give another folder"
+    ):
         run()
 
 
-@pytest.mark.parametrize("name, changed", [
-    ("decoding", dict(decoding="free")), ("reading", dict(reading="first_token")), ("format", dict(fmt="comma")), ("hidden", dict(hidden="first")),
-    ("attention", dict(attention=False)), ("batch_size", dict(batch_size=3)), ("seed", dict(seed=1)), ("no_cache", dict(no_cache=True)),
-    ("shots", dict(demonstrations=[("Fine.", ("odd",))])), ("prompts", dict(demonstrations=[("Fine.", ("odd",))])),
-    ("items", made_task(prefix="i")), ("prompts", made_task(text="That is text")), ("texts", made_task(15)),
-    ("labels", made_task(labels=["odd", "good", "bad"])),
-])
+@pytest.mark.parametrize(
+    "name, changed",
+    [
+        ("decoding", dict(decoding="free")),
+        ("reading", dict(reading="first_token")),
+        ("format", dict(fmt="comma")),
+        ("hidden", dict(hidden="first")),
+        ("attention", dict(attention=False)),
+        ("batch_size", dict(batch_size=3)),
+        ("seed", dict(seed=1)),
+        ("no_cache", dict(no_cache=True)),
+        ("shots", dict(demonstrations=[("Fine.", ("odd",))])),
+        ("prompts", dict(demonstrations=[("Fine.", ("odd",))])),
+        ("items", made_task(prefix="i")),
+        ("prompts", made_task(text="That is text")),
+        ("texts", made_task(15)),
+        ("labels", made_task(labels=["odd", "good", "bad"])),
+    ],
+)
 def test_changed_settings_are_refused_and_named(lm, tmp_path, name, changed):
     ask = dict(ASK, hidden=True, attention=True)
     small = made_task()
     probe_steps(lm, small, folder=tmp_path, **ask)
     task, ask = (small, ask | changed) if isinstance(changed, dict) else (changed, ask)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(SettingsChanged, match=rf"[:;] {name} was .+, now .+to begin anew, or give another folder"):
+    with pytest.raises(
+        SettingsChanged, match=rf"[:;] {name} was .+, now .+to begin anew, or give another folder"
+    ):
         probe_steps(lm, task, folder=tmp_path, **ask)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -259,7 +332,9 @@ def test_another_model_machine_or_dtype_is_refused(lm, tiny_folder, tmp_path):
     other = load_lm(tiny_folder)
     with torch.no_grad():
         other.model.lm_head.weight[0, 0] += 1
-    with pytest.raises(SettingsChanged, match="settings: weights was '[0-9a-f]{16}', now '[0-9a-f]{16}'. Delete"):
+    with pytest.raises(
+        SettingsChanged, match="settings: weights was '[0-9a-f]{16}', now '[0-9a-f]{16}'. Delete"
+    ):
         probe(other, tmp_path)
     with pytest.raises(SettingsChanged, match="dtype was 'float32', now 'bfloat16'"):
         probe(load_lm(tiny_folder, dtype="bfloat16"), tmp_path)
@@ -278,6 +353,7 @@ def interrupted(lm, folder, events):
     def interrupt(*_):
         if (error := events.pop(len(list(folder.glob("*.safetensors"))), None)) is not None:
             raise error
+
     hook = lm.model.get_input_embeddings().register_forward_pre_hook(interrupt)
     try:
         return probe_steps(lm, made_task(), folder=folder, **ASK | {"batch_size": 6})
@@ -286,12 +362,20 @@ def interrupted(lm, folder, events):
 
 
 def test_a_batch_halved_for_memory_is_halved_again(lm, tmp_path):
-    out_of_memory = lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+    def out_of_memory():
+        return RuntimeError(
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
+        )
+
     at_once = interrupted(lm, tmp_path / "a", {1: out_of_memory()})
     with pytest.raises(KeyboardInterrupt):
         interrupted(lm, tmp_path / "b", {1: out_of_memory(), 2: KeyboardInterrupt()})
-    assert_same_bits(probe_steps(lm, made_task(), folder=tmp_path / "b", **ASK | {"batch_size": 6}), at_once)
-    plans = [json.loads((tmp_path / name / "manifest.json").read_text())["batches"] for name in "ab"]
+    assert_same_bits(
+        probe_steps(lm, made_task(), folder=tmp_path / "b", **ASK | {"batch_size": 6}), at_once
+    )
+    plans = [
+        json.loads((tmp_path / name / "manifest.json").read_text())["batches"] for name in "ab"
+    ]
     assert plans[0] == plans[1] and [len(batch["items"]) for batch in plans[0]] == [6, 3, 3, 6, 6]
 
 
@@ -299,16 +383,22 @@ def hold(folder, begun):
     def work(batch):
         begun.set()
         time.sleep(60)
+
     in_batches(work, range(4), 2, folder=folder, settings={})
 
 
 def test_a_second_process_is_told(tmp_path):
     "And when the first one is killed, the folder is free at once."
-    begun, run = FORK.Event(), lambda: in_batches(lambda batch: batch, range(4), 2, folder=tmp_path, settings={})
+    begun, run = (
+        FORK.Event(),
+        lambda: in_batches(lambda batch: batch, range(4), 2, folder=tmp_path, settings={}),
+    )
     child = in_child(hold, tmp_path, begun)
     assert begun.wait(30)
     for attempt in (run, lambda: discard_runs(tmp_path)):
-        with pytest.raises(RuntimeError, match=f"{tmp_path.name} is in use by another process.*another folder"):
+        with pytest.raises(
+            RuntimeError, match=f"{tmp_path.name} is in use by another process.*another folder"
+        ):
             attempt()
     child.kill()
     assert exit_code(child) == -signal.SIGKILL
@@ -318,7 +408,15 @@ def test_a_second_process_is_told(tmp_path):
 def compete(folder, said):
     while True:
         try:
-            said.send(in_batches(lambda batch: time.sleep(0.01) or batch, range(40), 2, folder=folder, settings={}))
+            said.send(
+                in_batches(
+                    lambda batch: time.sleep(0.01) or batch,
+                    range(40),
+                    2,
+                    folder=folder,
+                    settings={},
+                )
+            )
             return
         except RuntimeError:
             time.sleep(0.003)
@@ -343,11 +441,31 @@ def test_every_method_goes_on(base_lm, tmp_path):
     A small random model with a real tokenizer, in which the answers begin with different tokens.
     """
     torch.manual_seed(0)
-    lm = LM("small", LlamaForCausalLM(LlamaConfig(vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                                  num_attention_heads=4, num_key_value_heads=2)).eval(), base_lm.tokenizer)
+    lm = LM(
+        "small",
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=49152,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+            )
+        ).eval(),
+        base_lm.tokenizer,
+    )
     task, ask = made_task(3), dict(shots=0, progress=False)
-    names = ["max_over_generations", "unary_breakdown", "binary_breakdown", "binary_breakdown, both orders", "marginals, batch-calibrated",
-             "marginals, 20 samples", "depth_first", "max_over_generations, averaged"]
+    names = [
+        "max_over_generations",
+        "unary_breakdown",
+        "binary_breakdown",
+        "binary_breakdown_both_orders",
+        "marginals_calibrated",
+        "marginals_sampled",
+        "depth_first",
+        "max_over_generations_averaged",
+    ]
     plain, folder = zero_shot(lm, task, names, **ask), tmp_path / "scores"
     for attempt in range(2):
         kept = zero_shot(lm, task, names, folder=folder, **ask)
@@ -361,7 +479,10 @@ def test_every_method_goes_on(base_lm, tmp_path):
             warnings.simplefilter("ignore")
             assert len(parts) >= len(names) + 4
             zero_shot(lm, task, names, folder=folder, **ask)
-    bounds = [inclusion_bounds(lm, task, folder=folder / "bounds" if kept else None, **ask) for kept in (False, True, True)]
+    bounds = [
+        inclusion_bounds(lm, task, folder=folder / "bounds" if kept else None, **ask)
+        for kept in (False, True, True)
+    ]
     for other in bounds[1:]:
         for field in ("low", "high", "estimate", "missing", "looks"):
             assert getattr(other, field).equals(getattr(bounds[0], field))
@@ -379,18 +500,39 @@ def test_discarding_leaves_everything_else(tmp_path):
     for name in ("model.safetensors", "notes.txt"):
         (tmp_path / "runs/a" / name).write_text("mine")
     discard_runs(tmp_path / "runs")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "model.safetensors", "notes.txt", "runs"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "a",
+        "model.safetensors",
+        "notes.txt",
+        "runs",
+    ]
     discard_runs(tmp_path / "nowhere")
 
 
-NUMBERS = st.one_of(hnp.integer_dtypes(endianness="="), hnp.unsigned_integer_dtypes(endianness="="), hnp.floating_dtypes(endianness="=", sizes=(16, 32, 64)),
-                    hnp.boolean_dtypes())
+NUMBERS = st.one_of(
+    hnp.integer_dtypes(endianness="="),
+    hnp.unsigned_integer_dtypes(endianness="="),
+    hnp.floating_dtypes(endianness="=", sizes=(16, 32, 64)),
+    hnp.boolean_dtypes(),
+)
 ARRAYS = hnp.arrays(NUMBERS, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))
 KEYS = st.one_of(st.none(), st.booleans(), st.integers(), st.text(), st.floats(allow_nan=False))
 VALUES = st.recursive(
-    st.one_of(KEYS, st.floats(), ARRAYS, ARRAYS.map(lambda array: array.T), ARRAYS.filter(lambda array: array.size).map(lambda array: array.flat[0])),
-    lambda inner: st.one_of(st.lists(inner), st.lists(inner).map(tuple), st.sets(st.one_of(KEYS, st.tuples(KEYS))),
-                            st.dictionaries(st.one_of(KEYS, st.tuples(KEYS, KEYS)), inner)), max_leaves=12)
+    st.one_of(
+        KEYS,
+        st.floats(),
+        ARRAYS,
+        ARRAYS.map(lambda array: array.T),
+        ARRAYS.filter(lambda array: array.size).map(lambda array: array.flat[0]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner),
+        st.lists(inner).map(tuple),
+        st.sets(st.one_of(KEYS, st.tuples(KEYS))),
+        st.dictionaries(st.one_of(KEYS, st.tuples(KEYS, KEYS)), inner),
+    ),
+    max_leaves=12,
+)
 
 
 def same(one, other):
@@ -398,7 +540,11 @@ def same(one, other):
     if type(one) is not type(other):
         return False
     if isinstance(one, (np.ndarray, np.generic)):
-        return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+        return (
+            one.dtype == other.dtype
+            and one.shape == other.shape
+            and one.tobytes() == other.tobytes()
+        )
     if isinstance(one, float):
         return repr(one) == repr(other)
     if isinstance(one, (list, tuple)):
@@ -417,19 +563,30 @@ def test_a_part_gives_back_what_was_put_in(tmp_path_factory, answers):
 
 
 def test_what_a_part_cannot_hold_is_named():
-    for value in (object(), np.array(["text"]), np.array([1j]), np.array([None]), {1: [pd.DataFrame()]}):
+    for value in (
+        object(),
+        np.array(["text"]),
+        np.array([1j]),
+        np.array([None]),
+        {1: [pd.DataFrame()]},
+    ):
         with pytest.raises(TypeError, match="a part cannot hold"):
             part_bytes([value])
 
 
 def test_a_real_model_goes_on_to_the_same_bits(tuned_lm, tmp_path):
     "On SmolLM2, whose matrix products are large enough for every kernel: an interruption after each batch."
-    task, ask = load_task("brighter-eng").sample(6, seed=4), dict(shots=0, batch_size=2, progress=False)
+    task, ask = (
+        load_task("brighter-eng").sample(6, seed=4),
+        dict(shots=0, batch_size=2, progress=False),
+    )
     at_once = probe_steps(tuned_lm, task, **ask)
     for parts in (1, 2):
+
         def interrupt(*_):
             if len(list(tmp_path.glob("*.safetensors"))) == parts:
                 raise KeyboardInterrupt
+
         hook = tuned_lm.model.get_input_embeddings().register_forward_pre_hook(interrupt)
         try:
             probe_steps(tuned_lm, task, folder=tmp_path, **ask)

@@ -1,4 +1,5 @@
 """Supervised fine-tuning: which tokens are learned, the loss and its gradient, and runs that are stopped."""
+
 import json
 
 import numpy as np
@@ -7,12 +8,21 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mlc_notebooks import sft
-from mlc_notebooks.data import AnnotatedTexts, load_task
-from mlc_notebooks.labels import LabelSet
+from mlc_notebooks.alignment import (
+    SFT,
+    TuningSettings,
+    answer_loss,
+    fine_tune,
+    fit_sft,
+    in_similar_lengths,
+    list_examples,
+    mean_answer_loss,
+    sft_example,
+    sft,
+    training,
+)
+from mlc_notebooks.data import AnnotatedTexts, LabelSet, load_task
 from mlc_notebooks.models import load_lm
-from mlc_notebooks.sft import (SFT, TuningSettings, answer_loss, fine_tune, fit_sft, in_similar_lengths, list_examples, mean_answer_loss,
-                               sft_example)
 
 LABELS = LabelSet(["joy", "fear", "anger"])
 
@@ -22,8 +32,18 @@ def tiny(tmp_path_factory, base_lm):
     "The folder of a tiny random model with SmolLM2's tokenizer."
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(LlamaConfig(vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                                 num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=512)).save_pretrained(folder)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=49152,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+            max_position_embeddings=512,
+        )
+    ).save_pretrained(folder)
     base_lm.tokenizer.save_pretrained(folder)
     return folder
 
@@ -34,15 +54,27 @@ def examples(base_lm):
 
 
 def test_only_the_answer_is_learned(base_lm):
-    example = sft_example(base_lm, 'He said {"label": ["joy"]}', ["anger", "joy"], LABELS, "emotions")
+    example = sft_example(
+        base_lm, 'He said {"label": ["joy"]}', ["anger", "joy"], LABELS, "emotions"
+    )
     answer = base_lm.encode_text('\n{"label": ["joy", "anger"]}') + [base_lm.tokenizer.eos_token_id]
-    assert example.ids[-len(answer):] == answer
+    assert example.ids[-len(answer) :] == answer
     assert example.scored == [False] * (len(example.ids) - len(answer)) + [True] * len(answer)
 
 
 def test_label_orders(base_lm):
-    task = AnnotatedTexts("made", ["a"], ["so it goes"], LABELS, [np.array([[1, 1, 0]], np.uint8)], kind="emotions")
-    said = lambda order, seed: base_lm.decode(list_examples(base_lm, task, order, seed)[0].ids)
+    task = AnnotatedTexts(
+        "made",
+        ["a"],
+        ["so it goes"],
+        LABELS,
+        [np.array([[1, 1, 0]], np.uint8)],
+        label_noun="emotions",
+    )
+
+    def said(order, seed):
+        return base_lm.decode(list_examples(base_lm, task, order, seed)[0].ids)
+
     assert '["fear", "joy"]' in said("alphabetical", 0)
     assert len({said("shuffled", seed) for seed in range(8)}) > 1
     with pytest.raises(ValueError, match="unknown label_order 'random'"):
@@ -64,9 +96,14 @@ def test_loss_and_gradient_equal_a_plain_computation(tiny, examples, packed):
                 slow, tokens = slow - logits[position - 1, example.ids[position]], tokens + 1
     slow.backward()
     assert tokens == count
-    assert float(total.detach()) == pytest.approx(float(slow.detach()), rel=5e-3)  # bfloat16 against float32
+    assert float(total.detach()) == pytest.approx(
+        float(slow.detach()), rel=5e-3
+    )  # bfloat16 against float32
     for name, p in model.named_parameters():
-        assert torch.nn.functional.cosine_similarity(fast[name].flatten(), p.grad.flatten(), dim=0) > 0.99, name
+        assert (
+            torch.nn.functional.cosine_similarity(fast[name].flatten(), p.grad.flatten(), dim=0)
+            > 0.99
+        ), name
 
 
 def test_batches_of_similar_length_hold_every_example_once(examples):
@@ -79,22 +116,33 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("settings", [
-    TuningSettings(r=4, batch_size=4, dev_every=2, learning_rate=1e-2),
-    TuningSettings(r=None, batch_size=4, dev_every=2, learning_rate=1e-2),
-    TuningSettings(r=None, batch_size=2, dev_every=2, learning_rate=0.2, patience=2)])  # the dev loss soon rises
+@pytest.mark.parametrize(
+    "settings",
+    [
+        TuningSettings(r=4, batch_size=4, dev_every=2, learning_rate=1e-2),
+        TuningSettings(r=None, batch_size=4, dev_every=2, learning_rate=1e-2),
+        TuningSettings(r=None, batch_size=2, dev_every=2, learning_rate=0.2, patience=2),
+    ],
+)  # the dev loss soon rises
 def test_a_stopped_run_ends_like_one_that_was_not(tiny, examples, tmp_path, monkeypatch, settings):
     times = 2 if settings.patience is None else 4
-    run = lambda folder: fine_tune(load_lm(tiny), examples * times, examples[:4], folder, settings, progress=False)
+
+    def run(folder):
+        return fine_tune(
+            load_lm(tiny), examples * times, examples[:4], folder, settings, progress=False
+        )
+
     whole = run(tmp_path / "whole")
 
-    inner, calls = sft.answer_loss, []
+    inner, calls = training.answer_loss, []
+
     def stop_at_the_sixth(*batch, **how):
         calls.append(torch.is_grad_enabled())  # a training step, not a look at the dev examples
         if sum(calls) == 6:
             raise Stop
         return inner(*batch, **how)
-    monkeypatch.setattr(sft, "answer_loss", stop_at_the_sixth)
+
+    monkeypatch.setattr(training, "answer_loss", stop_at_the_sixth)
     with pytest.raises(Stop):
         run(tmp_path / "stopped")
     monkeypatch.undo()
@@ -103,6 +151,7 @@ def test_a_stopped_run_ends_like_one_that_was_not(tiny, examples, tmp_path, monk
 
     def stop_before_saving(*args):
         raise Stop
+
     monkeypatch.setattr(sft, "save_tuned", stop_before_saving)
     with pytest.raises(Stop):
         run(tmp_path / "stopped")
@@ -123,21 +172,34 @@ def test_a_finished_run_is_not_run_again_and_another_is_refused(tiny, examples, 
     settings = TuningSettings(r=2, batch_size=8, dev_every=5)
     log = fine_tune(load_lm(tiny), examples, examples[:4], tmp_path, settings, progress=False)
     before = (tmp_path / "adapter_model.safetensors").stat().st_mtime_ns
-    assert fine_tune(load_lm(tiny), examples, examples[:4], tmp_path, settings, progress=False).equals(log)
+    assert fine_tune(
+        load_lm(tiny), examples, examples[:4], tmp_path, settings, progress=False
+    ).equals(log)
     assert (tmp_path / "adapter_model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="batch_size = 8, now it is 4"):
-        fine_tune(load_lm(tiny), examples, examples[:4], tmp_path, TuningSettings(r=2, batch_size=4, dev_every=5), progress=False)
+        fine_tune(
+            load_lm(tiny),
+            examples,
+            examples[:4],
+            tmp_path,
+            TuningSettings(r=2, batch_size=4, dev_every=5),
+            progress=False,
+        )
     with pytest.raises(ValueError, match="sha256"):
         fine_tune(load_lm(tiny), examples[::-1], examples[:4], tmp_path, settings, progress=False)
     tuned = load_lm(tmp_path)  # the adapter's folder names the model it belongs to
-    assert mean_answer_loss(tuned.model, examples[:4], 2) == pytest.approx(log["dev_loss"].iloc[-1], abs=0.02)
+    assert mean_answer_loss(tuned.model, examples[:4], 2) == pytest.approx(
+        log["dev_loss"].iloc[-1], abs=0.02
+    )
 
 
 def test_early_stopping_goes_back_to_the_lowest_dev_loss(tiny, examples, tmp_path):
     settings = TuningSettings(r=None, batch_size=2, dev_every=2, learning_rate=0.2, patience=2)
     log = fine_tune(load_lm(tiny), examples * 4, examples[:4], tmp_path, settings, progress=False)
     assert log["step"].max() < 40 and log["dev_loss"].iloc[-1] > log["dev_loss"].min()
-    assert mean_answer_loss(load_lm(tmp_path).model, examples[:4], 2) == pytest.approx(log["dev_loss"].min(), rel=5e-3)
+    assert mean_answer_loss(load_lm(tmp_path).model, examples[:4], 2) == pytest.approx(
+        log["dev_loss"].min(), rel=5e-3
+    )
 
 
 def test_a_diverging_loss_says_so(tiny, examples, tmp_path):
@@ -163,21 +225,50 @@ def test_fit_sft_learns_no_text_of_another_split(tiny, tmp_path):
     task = load_task("goemotions")
     train, test = task.split("train").sample(12, seed=0), task.sample(3, seed=0)
     leaked = [text.upper() for text in test.texts]
-    poisoned = AnnotatedTexts("goemotions", [*train.ids, "x", "y", "z"], [*train.texts, *leaked], task.labels,
-                              [*train.annotations, *test.annotations], kind=task.kind, splits=task.splits)
+    poisoned = AnnotatedTexts(
+        "goemotions",
+        [*train.ids, "x", "y", "z"],
+        [*train.texts, *leaked],
+        task.labels,
+        [*train.annotations, *test.annotations],
+        label_noun=task.label_noun,
+        splits=task.splits,
+    )
     settings = TuningSettings(r=2, dev_every=5, batch_size=8)
-    model = fit_sft(poisoned, load_lm(tiny), tmp_path, settings, label_order="shuffled", epochs=2, progress=False)
+    model = fit_sft(
+        poisoned,
+        load_lm(tiny),
+        tmp_path,
+        settings,
+        label_order="shuffled",
+        epochs=2,
+        progress=False,
+    )
     about = json.loads((tmp_path / "sft.json").read_text())
-    assert about["texts"] == 12 and json.loads((tmp_path / "settings.json").read_text())["examples"] == 24
+    assert (
+        about["texts"] == 12
+        and json.loads((tmp_path / "settings.json").read_text())["examples"] == 24
+    )
     again = SFT.load(tmp_path)
     few = test.select([0, 1])
     for name in ("hard", "max_over_generations", "compare_to_none", "marginals"):
         scores = model.predict(few, name, progress=False)
-        assert list(scores.columns) == list(task.labels) and ((scores >= 0) & (scores <= 1)).all(axis=None)
-    np.testing.assert_allclose(again.predict(few, progress=False), model.predict(few, progress=False))
+        assert list(scores.columns) == list(task.labels) and ((scores >= 0) & (scores <= 1)).all(
+            axis=None
+        )
+    np.testing.assert_allclose(
+        again.predict(few, progress=False), model.predict(few, progress=False)
+    )
 
 
 def test_texts_that_measure_the_loss_are_not_learned(tiny, tmp_path):
     train = load_task("goemotions").split("train").sample(12, seed=0)
-    fit_sft(train, load_lm(tiny), tmp_path, TuningSettings(r=2, dev_every=5, batch_size=8), dev=train.select(range(4)), progress=False)
+    fit_sft(
+        train,
+        load_lm(tiny),
+        tmp_path,
+        TuningSettings(r=2, dev_every=5, batch_size=8),
+        dev=train.select(range(4)),
+        progress=False,
+    )
     assert json.loads((tmp_path / "sft.json").read_text())["texts"] == 8

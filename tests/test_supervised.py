@@ -1,4 +1,5 @@
 """Predictors: what they learn from, that they agree with scikit-learn, that they are the same after saving."""
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,11 +7,27 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
-from mlc_notebooks.data import AnnotatedTexts, load_task, text_key
-from mlc_notebooks.labels import LabelSet
-from mlc_notebooks.probing import make_probe, probe_steps
-from mlc_notebooks.supervised import (LinearProbe, Neighbours, WordRegression, _fit_reduced, first_label_states, fit_linear,
-                                      fit_neighbours, fit_probe, fit_words, training_data, without_other_splits)
+from mlc_notebooks.alignment import (
+    LinearProbe,
+    Neighbours,
+    WordRegression,
+    first_label_states,
+    fit_linear,
+    fit_neighbours,
+    fit_probe,
+    fit_words,
+    make_probe,
+)
+from mlc_notebooks.alignment.probe import _fit_reduced
+from mlc_notebooks.data import (
+    AnnotatedTexts,
+    LabelSet,
+    load_task,
+    text_key,
+    training_data,
+    without_other_splits,
+)
+from mlc_notebooks.probing import probe_steps
 
 LABELS = LabelSet(["joy", "fear"])
 ONE = LabelSet(["joy", "fear", "anger"], none=None)
@@ -18,7 +35,14 @@ ONE = LabelSet(["joy", "fear", "anger"], none=None)
 
 def texts(name, lines, votes, labels=LABELS, splits=None):
     ids = [f"{name}{i}" for i in range(len(lines))]
-    return AnnotatedTexts("made", ids, lines, labels, [np.array(v, np.uint8).reshape(-1, len(labels)) for v in votes], splits=splits or {})
+    return AnnotatedTexts(
+        "made",
+        ids,
+        lines,
+        labels,
+        [np.array(v, np.uint8).reshape(-1, len(labels)) for v in votes],
+        splits=splits or {},
+    )
 
 
 @pytest.fixture
@@ -26,14 +50,23 @@ def repeating():
     "A task whose train split repeats texts of test and dev in another spelling, under other ids."
     test = texts("t", ["Hello  World", "unseen words"], [[1, 0], [0, 1]])
     dev = texts("d", ["A dev text"], [[1, 0]])
-    train = texts("r", ["hello world", "a DEV text ", "good day", "good night", "good grief"], [[0, 1], [0, 1], [1, 0], [1, 0], [0, 1]])
+    train = texts(
+        "r",
+        ["hello world", "a DEV text ", "good day", "good night", "good grief"],
+        [[0, 1], [0, 1], [1, 0], [1, 0], [0, 1]],
+    )
     splits = {"train": train, "dev": dev, "test": test}
     return texts("r", train.texts, train.annotations, splits=splits)
 
 
 def bag(lines):
     "Unit vectors out of letter counts: an encoder for tests."
-    counts = np.array([[line.lower().count(letter) + 0.01 for letter in "abcdefghijklmnopqrstuvwxyz"] for line in lines])
+    counts = np.array(
+        [
+            [line.lower().count(letter) + 0.01 for letter in "abcdefghijklmnopqrstuvwxyz"]
+            for line in lines
+        ]
+    )
     return counts / np.linalg.norm(counts, axis=1, keepdims=True)
 
 
@@ -75,7 +108,9 @@ def points():
 def test_linear_model_equals_scikit_learn_on_hard_targets(points):
     x, q = points
     hard = (q > 0.5).astype(float)
-    by_label = np.stack([LogisticRegression(max_iter=2000).fit(x, y).predict_proba(x)[:, 1] for y in hard.T], 1)
+    by_label = np.stack(
+        [LogisticRegression(max_iter=2000).fit(x, y).predict_proba(x)[:, 1] for y in hard.T], 1
+    )
     np.testing.assert_allclose(fit_linear(x, hard, LABELS)(x), by_label, atol=1e-6)
 
 
@@ -86,8 +121,11 @@ def test_linear_model_on_shares_minimises_their_cross_entropy(points):
     def loss(w):
         p = np.clip(expit(x @ w[:-1] + w[-1]), 1e-12, 1 - 1e-12)
         return -(target * np.log(p) + (1 - target) * np.log(1 - p)).sum() + (w[:-1] ** 2).sum() / 2
+
     best = minimize(loss, np.zeros(6)).x
-    np.testing.assert_allclose(fit_linear(x, q, LABELS)(x)[:, 0], expit(x @ best[:-1] + best[-1]), atol=1e-3)
+    np.testing.assert_allclose(
+        fit_linear(x, q, LABELS)(x)[:, 0], expit(x @ best[:-1] + best[-1]), atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("seen", [(0, 1, 2), (0, 2), (1,)])
@@ -106,17 +144,21 @@ def test_a_label_without_positives_has_a_small_probability(points):
 
 def test_composed_probe_equals_its_three_steps(points):
     x, q = points
-    x = np.c_[x, x ** 2, np.ones(len(x))] * 3 + 1
+    x = np.c_[x, x**2, np.ones(len(x))] * 3 + 1
     hard = (q > 0.5).astype(int)
     three = make_probe(x.shape[1]).fit(x, hard)
-    np.testing.assert_allclose(_fit_reduced(x, hard.astype(float), LABELS, 0)(x), three.predict_proba(x), atol=1e-6)
+    np.testing.assert_allclose(
+        _fit_reduced(x, hard.astype(float), LABELS, 0)(x), three.predict_proba(x), atol=1e-6
+    )
 
 
 def test_states_are_those_of_the_trace(tuned_lm):
     task = load_task("goemotions").sample(6, seed=0)
     trace = probe_steps(tuned_lm, task, 2, decoding="guided", hidden="first", progress=False)
     states = first_label_states(tuned_lm, task, 2, progress=False)
-    np.testing.assert_allclose(states, trace.states(trace.hidden.shape[1] - 1).loc[list(task.ids)].to_numpy(), atol=2e-3)
+    np.testing.assert_allclose(
+        states, trace.states(trace.hidden.shape[1] - 1).loc[list(task.ids)].to_numpy(), atol=2e-3
+    )
 
 
 def test_saved_predictors_predict_the_same(tmp_path, tuned_lm, base_lm):
@@ -124,24 +166,35 @@ def test_saved_predictors_predict_the_same(tmp_path, tuned_lm, base_lm):
     train, test = task.split("train").sample(60, seed=0), task.sample(5, seed=0)
     probe = fit_probe(train, tuned_lm, shots=2, progress=False)
     probe.save(tmp_path / "probe")
-    pd.testing.assert_frame_equal(LinearProbe.load(tmp_path / "probe", tuned_lm).predict(test, progress=False), probe.predict(test, progress=False))
+    pd.testing.assert_frame_equal(
+        LinearProbe.load(tmp_path / "probe", tuned_lm).predict(test, progress=False),
+        probe.predict(test, progress=False),
+    )
     with pytest.raises(ValueError, match="fitted on smollm2-135m-emotions"):
         LinearProbe.load(tmp_path / "probe", base_lm)
 
     words, near = fit_words(train), fit_neighbours(train, bag, k=5)
     words.save(tmp_path / "words")
     near.save(tmp_path / "near")
-    pd.testing.assert_frame_equal(WordRegression.load(tmp_path / "words").predict(test), words.predict(test))
-    pd.testing.assert_frame_equal(Neighbours.load(tmp_path / "near", bag).predict(test), near.predict(test))
+    pd.testing.assert_frame_equal(
+        WordRegression.load(tmp_path / "words").predict(test), words.predict(test)
+    )
+    pd.testing.assert_frame_equal(
+        Neighbours.load(tmp_path / "near", bag).predict(test), near.predict(test)
+    )
     with pytest.raises(ValueError, match="holds a WordRegression, not a Neighbours"):
         Neighbours.load(tmp_path / "words", bag)
     with pytest.raises(FileNotFoundError, match="no saved predictor"):
         WordRegression.load(tmp_path)
-    assert not list(tmp_path.rglob("*.p*kl")) and {p.suffix for p in tmp_path.rglob("*.*")} == {".json", ".safetensors"}
+    assert not list(tmp_path.rglob("*.p*kl")) and {p.suffix for p in tmp_path.rglob("*.*")} == {
+        ".json",
+        ".safetensors",
+    }
 
 
 def test_predictions_follow_the_order_of_the_tasks_labels():
-    from mlc_notebooks.experiments import reorder_labels
+    from mlc_notebooks.data import reorder_labels
+
     task = load_task("goemotions")
     words = fit_words(task.split("train").sample(200, seed=0))
     test = task.sample(4, seed=0)

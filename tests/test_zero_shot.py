@@ -1,55 +1,114 @@
 """Zero-shot methods: hand-worked traces, slow twins, and the known faults of the published code, each a test."""
+
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.optimize import minimize
-from scipy.special import expit, log_expit
+from scipy.special import log_expit
 
-from mlc_notebooks.data import AnnotatedTexts, load_task
-from mlc_notebooks.labels import LabelSet
+from mlc_notebooks.alignment import (
+    METHODS,
+    ask_pairs,
+    ask_questions,
+    average_prompts,
+    binary_breakdown,
+    bradley_terry,
+    compare_to_none,
+    hard,
+    max_over_generations,
+    mean_marginals,
+    path_product,
+    unary_breakdown,
+    written_probability,
+    zero_shot,
+)
+from mlc_notebooks.data import (
+    AnnotatedTexts,
+    LabelSet,
+    binary_demonstrations,
+    binary_prompts,
+    load_task,
+    unary_demonstrations,
+)
 from mlc_notebooks.metrics import compare_methods
 from mlc_notebooks.probing import Trace, probe_steps
-from mlc_notebooks.prompts import binary_prompts
-from mlc_notebooks.zero_shot import (METHODS, ask_pairs, ask_questions, average_prompts, binary_breakdown, binary_demonstrations,
-                                     bradley_terry, compare_to_none, hard, max_over_generations, mean_scores, path_product,
-                                     unary_breakdown, unary_demonstrations, written_probability, zero_shot)
 
 LABELS = LabelSet(["joy", "fear", "anger"])
 
 
 def made_trace(*answers, labels=LABELS):
     "A trace from answers, each a list of (wrote, probabilities over the outcomes)."
-    rows = [(f"t{i}", step, wrote, probs) for i, answer in enumerate(answers) for step, (wrote, probs) in enumerate(answer, 1)]
-    steps = pd.DataFrame({"example": [r[0] for r in rows], "step": [r[1] for r in rows], "wrote": [r[2] for r in rows], "mass": 1.0,
-                          "go": 0.5, "stop": 0.5, "flags": [()] * len(rows), "prompt_tokens": 9, "generated_tokens": 3})
-    items = pd.DataFrame({"outcomes": [tuple(w for w, _ in answer if w in labels.outcomes) for answer in answers], "flags": [()] * len(answers)},
-                         pd.Index([f"t{i}" for i in range(len(answers))], name="id"))
+    rows = [
+        (f"t{i}", step, wrote, probs)
+        for i, answer in enumerate(answers)
+        for step, (wrote, probs) in enumerate(answer, 1)
+    ]
+    steps = pd.DataFrame(
+        {
+            "example": [r[0] for r in rows],
+            "step": [r[1] for r in rows],
+            "wrote": [r[2] for r in rows],
+            "mass": 1.0,
+            "go": 0.5,
+            "stop": 0.5,
+            "flags": [()] * len(rows),
+            "prompt_tokens": 9,
+            "generated_tokens": 3,
+        }
+    )
+    items = pd.DataFrame(
+        {
+            "outcomes": [tuple(w for w, _ in answer if w in labels.outcomes) for answer in answers],
+            "flags": [()] * len(answers),
+        },
+        pd.Index([f"t{i}" for i in range(len(answers))], name="id"),
+    )
     return Trace(labels, items, steps, np.log([r[3] for r in rows]), {})
 
 
 def test_hard_equals_max_over_generations_on_one_hot_steps():
     tiny = 1e-12
-    trace = made_trace([("joy", [1 - 3 * tiny, tiny, tiny, tiny]), ("anger", [tiny, tiny, 1 - 3 * tiny, tiny])], [("none", [tiny, tiny, tiny, 1 - 3 * tiny])])
+    trace = made_trace(
+        [("joy", [1 - 3 * tiny, tiny, tiny, tiny]), ("anger", [tiny, tiny, 1 - 3 * tiny, tiny])],
+        [("none", [tiny, tiny, tiny, 1 - 3 * tiny])],
+    )
     np.testing.assert_allclose(hard(trace, eps=1e-8), max_over_generations(trace), atol=2e-8)
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.needs == "trace"])
+@pytest.mark.parametrize(
+    "name", [name for name, method in METHODS.items() if method.needs == "trace"]
+)
 def test_no_label_none_and_broken_outputs_give_numbers(name):
-    trace = made_trace([(None, [0.4, 0.3, 0.2, 0.1])], [("none", [0.1, 0.1, 0.1, 0.7])], [("glee", [0.3, 0.3, 0.3, 0.1]), ("joy", [0.7, 0.1, 0.1, 0.1])])
+    trace = made_trace(
+        [(None, [0.4, 0.3, 0.2, 0.1])],
+        [("none", [0.1, 0.1, 0.1, 0.7])],
+        [("glee", [0.3, 0.3, 0.3, 0.1]), ("joy", [0.7, 0.1, 0.1, 0.1])],
+    )
     trace.items["outcomes"] = [(), ("none",), ("joy",)]
     scores = METHODS[name].function(trace)
     assert scores.shape == (3, 3) and list(scores.columns) == list(LABELS)
-    assert np.isfinite(scores).all(axis=None) and (scores >= 0).all(axis=None) and (scores <= 1).all(axis=None)
+    assert (
+        np.isfinite(scores).all(axis=None)
+        and (scores >= 0).all(axis=None)
+        and (scores <= 1).all(axis=None)
+    )
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.needs == "trace"])
+@pytest.mark.parametrize(
+    "name", [name for name, method in METHODS.items() if method.needs == "trace"]
+)
 def test_label_permutation_is_followed(name):
     rng, turn = np.random.default_rng(0), [2, 0, 1]
     probs = rng.dirichlet(np.ones(4), size=3)
     one = made_trace([("joy", probs[0]), ("anger", probs[1])], [("none", probs[2])])
-    other = made_trace([("joy", probs[0][[*turn, 3]]), ("anger", probs[1][[*turn, 3]])], [("none", probs[2][[*turn, 3]])],
-                       labels=LabelSet([list(LABELS)[i] for i in turn]))
-    pd.testing.assert_frame_equal(METHODS[name].function(one), METHODS[name].function(other)[list(LABELS)])
+    other = made_trace(
+        [("joy", probs[0][[*turn, 3]]), ("anger", probs[1][[*turn, 3]])],
+        [("none", probs[2][[*turn, 3]])],
+        labels=LabelSet([list(LABELS)[i] for i in turn]),
+    )
+    pd.testing.assert_frame_equal(
+        METHODS[name].function(one), METHODS[name].function(other)[list(LABELS)]
+    )
 
 
 def test_a_generation_without_a_label_is_read_not_made_up():
@@ -61,7 +120,9 @@ def test_a_generation_without_a_label_is_read_not_made_up():
 
 def test_none_is_always_read(tuned_lm):
     "Published: a missing logit of `none` is set to 0. Here every step has its log-probability."
-    trace = probe_steps(tuned_lm, load_task("brighter-eng").sample(4, seed=0), shots=0, progress=False)
+    trace = probe_steps(
+        tuned_lm, load_task("brighter-eng").sample(4, seed=0), shots=0, progress=False
+    )
     assert np.isfinite(trace.logprobs[:, -1]).all() and (trace.logprobs[:, -1] < 0).all()
 
 
@@ -88,7 +149,10 @@ def test_bradley_terry_against_bfgs(ridge):
     wins = wins_of(np.random.default_rng(1).uniform(0.02, 0.98, size=(6, 5, 5)))
     found = bradley_terry(wins, ridge)
     for item, strengths in zip(wins, found):
-        loss = lambda t: -(item * log_expit(t[:, None] - t[None])).sum() + ridge / 2 * (t ** 2).sum()
+
+        def loss(t):
+            return -(item * log_expit(t[:, None] - t[None])).sum() + ridge / 2 * (t**2).sum()
+
         np.testing.assert_allclose(strengths, minimize(loss, np.ones(5), tol=1e-12).x, atol=1e-5)
         assert abs(strengths.sum()) < 1e-8
 
@@ -124,24 +188,30 @@ def test_cached_questions_equal_the_twin(tuned_lm, task, method):
 def test_tokens_computed_are_the_distinct_nodes(tuned_lm, task):
     "Shared by all questions once, shared within a text once, never between texts."
     names = [(a, b) for a in task.labels.outcomes for b in task.labels.outcomes if a < b]
-    prompts = [binary_prompts(text, names, (), task.kind) for text in task.texts]
+    prompts = [binary_prompts(text, names, (), task.label_noun) for text in task.texts]
     asked = ask_questions(tuned_lm, prompts, ("a", "b"), progress=False)
     rows = [[tuple(tuned_lm.encode_prompt(p)) for p in questions] for questions in prompts]
     every = [row for questions in rows for row in questions]
     shared = next(i for i in range(min(map(len, every))) if len({row[i] for row in every}) > 1)
-    distinct = shared + sum(len({row[:k] for row in questions for k in range(shared + 1, len(row) + 1)}) for questions in rows)
+    distinct = shared + sum(
+        len({row[:k] for row in questions for k in range(shared + 1, len(row) + 1)})
+        for questions in rows
+    )
     assert asked.tokens == distinct
     assert asked.prompt_tokens == sum(map(len, every)) > 3 * distinct
 
 
 def test_both_orders_cancel_a_preference_for_a_place(tuned_lm, task):
     "A model that always says `a` must not favour the outcomes listed first."
-    from mlc_notebooks.zero_shot import _wins
+    from mlc_notebooks.alignment.pairs import _wins
+
     pairs = [(0, 1), (0, 2), (1, 2)]
     always_first = np.ones((1, 6))
     wins = _wins(always_first, pairs + [(b, a) for a, b in pairs], 3, soft=True)
     np.testing.assert_allclose(bradley_terry(wins), 0, atol=1e-12)
-    one = binary_breakdown(tuned_lm, task.select(range(2)), shots=0, both_orders=True, progress=False)
+    one = binary_breakdown(
+        tuned_lm, task.select(range(2)), shots=0, both_orders=True, progress=False
+    )
     assert ((one > 0) & (one < 1)).all(axis=None)
 
 
@@ -153,9 +223,22 @@ def test_answers_must_begin_apart(tuned_lm):
 
 def test_single_label_rows_sum_to_one(tuned_lm):
     labels = LabelSet(["joy", "fear", "anger"], none=None)
-    task = AnnotatedTexts("one", ["a", "b"], ["I love it", "How dare you"], labels, [np.eye(3, dtype=int)[:1]] * 2, kind="emotions")
+    task = AnnotatedTexts(
+        "one",
+        ["a", "b"],
+        ["I love it", "How dare you"],
+        labels,
+        [np.eye(3, dtype=int)[:1]] * 2,
+        label_noun="emotions",
+    )
     scores = zero_shot(tuned_lm, task, shots=0, progress=False)
-    assert set(scores) == {"hard", "compare_to_none", "unary_breakdown", "binary_breakdown", "binary_breakdown, both orders"}
+    assert set(scores) == {
+        "hard",
+        "compare_to_none",
+        "unary_breakdown",
+        "binary_breakdown",
+        "binary_breakdown_both_orders",
+    }
     for table in scores.values():
         np.testing.assert_allclose(table.sum(axis=1), 1, atol=1e-6)
     with pytest.raises(ValueError, match="several labels"):
@@ -165,7 +248,9 @@ def test_single_label_rows_sum_to_one(tuned_lm):
 def test_rivals_by_hand():
     trace = made_trace([("joy", [0.5, 0.25, 0.125, 0.125]), ("fear", [0.1, 0.7, 0.1, 0.1])])
     assert written_probability(trace).iloc[0].tolist() == pytest.approx([0.5, 0.7, 0])
-    assert path_product(trace).iloc[0].tolist() == pytest.approx([0.5, 0.5 * 0.5 * 0.7, 0])  # p_go is one half
+    assert path_product(trace).iloc[0].tolist() == pytest.approx(
+        [0.5, 0.5 * 0.5 * 0.7, 0]
+    )  # p_go is one half
 
 
 def test_answers_to_pairs_serve_one_order_and_both(tuned_lm, task):
@@ -173,28 +258,48 @@ def test_answers_to_pairs_serve_one_order_and_both(tuned_lm, task):
     answers = ask_pairs(tuned_lm, few, shots=0, progress=False)
     for both in (False, True):
         asked_again = binary_breakdown(tuned_lm, few, shots=0, both_orders=both, progress=False)
-        pd.testing.assert_frame_equal(binary_breakdown(tuned_lm, few, both_orders=both, answers=answers), asked_again, atol=1e-4)
+        pd.testing.assert_frame_equal(
+            binary_breakdown(tuned_lm, few, both_orders=both, answers=answers),
+            asked_again,
+            atol=1e-4,
+        )
 
 
 def test_mean_of_prompts_by_hand():
     first = pd.DataFrame([[0.2, 0.8]], ["a"], ["joy", "fear"])
     second = pd.DataFrame([[0.4, 0.6]], ["a"], ["fear", "joy"])  # labels in another order
-    mean = mean_scores([first, second])
+    mean = mean_marginals([first, second])
     np.testing.assert_allclose(mean.to_numpy(), [[0.4, 0.6]])
-    assert mean.attrs["variance"] == pytest.approx((0.08 + 0.08) / 2)  # of (.2, .6) and of (.8, .4), n - 1
-    assert mean_scores([first]).attrs["variance"] == 0
+    assert mean.attrs["variance"] == pytest.approx(
+        (0.08 + 0.08) / 2
+    )  # of (.2, .6) and of (.8, .4), n - 1
+    assert mean_marginals([first]).attrs["variance"] == 0
 
 
 def test_averaging_prompts(tuned_lm, task):
     few = task.select(range(3))
-    single = zero_shot(tuned_lm, few, ["max_over_generations"], shots=0, progress=False)["max_over_generations"]
-    pd.testing.assert_frame_equal(average_prompts(tuned_lm, few, shots=0, seeds=[0], progress=False), single)
-    each = [average_prompts(tuned_lm, few, shots=0, seeds=[seed], progress=False) for seed in (0, 1)]
+    single = zero_shot(tuned_lm, few, ["max_over_generations"], shots=0, progress=False)[
+        "max_over_generations"
+    ]
+    pd.testing.assert_frame_equal(
+        average_prompts(tuned_lm, few, shots=0, seeds=[0], progress=False), single
+    )
+    each = [
+        average_prompts(tuned_lm, few, shots=0, seeds=[seed], progress=False) for seed in (0, 1)
+    ]
     both = average_prompts(tuned_lm, few, shots=0, seeds=[0, 1], progress=False)
     np.testing.assert_allclose(both, (each[0] + each[1]) / 2)
     assert both.attrs["variance"] > 0
-    loss = lambda scores: compare_methods({"uniform": scores * 0 + 0.5, "scores": scores}, few, "uniform").set_index(["method", "metric"])["difference"]
+
+    def loss(scores):
+        return compare_methods(
+            {"uniform": scores * 0 + 0.5, "scores": scores}, few, "uniform"
+        ).set_index(["method", "metric"])["difference"]
+
     for metric in ("NLL", "L1", "Brier"):  # convex in p
-        assert loss(both)["scores", metric] <= np.mean([loss(one)["scores", metric] for one in each]) + 1e-9
+        assert (
+            loss(both)["scores", metric]
+            <= np.mean([loss(one)["scores", metric] for one in each]) + 1e-9
+        )
     with pytest.raises(ValueError, match="at least one"):
         average_prompts(tuned_lm, few, seeds=[])

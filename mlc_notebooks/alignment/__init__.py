@@ -1,0 +1,5 @@
+"""From what a model says to an honest probability for every label."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

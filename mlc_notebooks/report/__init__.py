@@ -1,0 +1,5 @@
+"""Figures, the page about a run, and the commands."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
