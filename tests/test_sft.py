@@ -17,8 +17,8 @@ from mlc_notebooks.alignment import (
     in_similar_lengths,
     list_examples,
     mean_answer_loss,
-    sft_example,
     sft,
+    sft_example,
     training,
 )
 from mlc_notebooks.data import AnnotatedTexts, LabelSet, load_task

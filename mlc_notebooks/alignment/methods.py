@@ -13,6 +13,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from mlc_notebooks.alignment import (  # noqa: F401  (they enter their methods)
+    averaging,
+    output_tree,
+    pairs,
+    questions,
+    trace_methods,
+)
 from .registry import METHODS, check_methods, methods_for, run_methods
 from ..data.texts import AnnotatedTexts
 from ..models.lm import LM

@@ -13,6 +13,7 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
+from . import boxes, embedded, official  # noqa: F401  (they register loaders)
 from .sources import GENERATORS, SOURCES
 from .texts import AnnotatedTexts
 
