@@ -1,5 +1,6 @@
 # make demo   set up, fetch the model, probe 64 texts, write a report
 # make lab    JupyterLab on the tutorials
+# make check  what to run while you work
 # make test   what CI does
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -13,7 +14,7 @@ ifneq ($(wildcard ../shared/data),)
 export MLC_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: demo lab test sync-check nbdev-test pytest tutorials readme readme-check adapter recorded benchmark benchmark-rivals benchmark-cost benchmark-training growth studies
+.PHONY: demo lab check test lint sync-check docs-check readme readme-check fast-tests nbdev-test pytest tutorials adapter recorded benchmark benchmark-rivals benchmark-cost benchmark-training growth studies export
 
 demo: $(READY)
 	$(BIN)/mlc-probe --task goemotions brighter-eng --n 64 --sample main --seed 0 --out $(DEMO)
@@ -28,17 +29,41 @@ $(READY): settings.ini setup.py pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
-test: sync-check readme-check nbdev-test pytest tutorials
+# While you work (under two minutes), and everything.
+check: lint sync-check docs-check fast-tests
+test: lint sync-check docs-check readme-check nbdev-test pytest tutorials
+
+# After a change to a notebook: the library, and the names that each room hands on.
+export: $(READY)
+	$(BIN)/nbdev-export
+	$(BIN)/python tests/rooms.py
+
+LINTED = nbs tests benchmarks setup.py
+
+lint: $(READY)
+	$(BIN)/ruff format --quiet --check $(LINTED) || { echo "ruff would format these files: ruff format $(LINTED)"; exit 1; }
+	$(BIN)/ruff check --quiet $(LINTED)
 
 # Notebooks are clean and the library is what they export; untracked files count.
 sync-check: $(READY)
 	@before=$$(git status --porcelain; git diff | sha256sum); \
-	$(BIN)/nbdev-clean && $(BIN)/nbdev-export && \
+	$(BIN)/nbdev-clean && $(BIN)/nbdev-export && $(BIN)/python tests/rooms.py && \
 	after=$$(git status --porcelain; git diff | sha256sum); \
-	test "$$before" = "$$after" || { git status --short; echo "nbdev-clean or nbdev-export changed files: run both and commit"; exit 1; }
+	test "$$before" = "$$after" || { git status --short; echo "nbdev-clean or make export changed files: run both and commit"; exit 1; }
+
+# The docs can be built: nbdev runs the cells that import something and shows signatures.
+docs-check: $(READY)
+	@$(BIN)/nbdev-proc-nbs > _proc.log 2>&1 || { cat _proc.log; exit 1; }
+	@if grep -n "Error" _proc.log; then exit 1; fi; rm _proc.log
 
 # Two processes of one thread each take about half as long as one of two threads.
-nbdev-test pytest tutorials: export OMP_NUM_THREADS = 1
+fast-tests nbdev-test pytest tutorials: export OMP_NUM_THREADS = 1
+# No progress bars in outputs that are kept.
+nbdev-test tutorials recorded studies readme: export TQDM_DISABLE = 1
+
+# What needs no real model.
+fast-tests: $(READY)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 nbdev-test: $(READY)
 	$(BIN)/mlc-fetch
@@ -67,7 +92,7 @@ readme-check: $(READY)
 
 # Train the embedded adapter again (log.csv beside it has the minutes that the recorded run took).
 adapter: $(READY)
-	$(BIN)/python -c 'from mlc_notebooks.emotions import train_emotions; train_emotions()'
+	$(BIN)/python -c 'from mlc_notebooks.alignment.emotions import train_emotions; train_emotions()'
 
 # Train and ask again for tutorials 8 and 9, which read what this writes; it goes on where it was stopped.
 recorded: $(READY)

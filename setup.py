@@ -1,4 +1,4 @@
-"""Hands the requirements of settings.ini to setuptools; everything else stands in pyproject.toml."""
+"""Hand the requirements of settings.ini to setuptools; the rest stands in pyproject.toml."""
 
 from configparser import ConfigParser
 from pathlib import Path

@@ -27,7 +27,8 @@ def benchmark_task(texts: int) -> AnnotatedTexts:
 
 
 def demonstrations(task: AnnotatedTexts, shots: int = 10) -> dict:
-    """What the prompts of each kind show, and the pairs that are asked about: the same for up to 1,024 texts, since the
+    """What the prompts of each kind show, and the pairs that are asked about: the same for up to
+    1,024 texts, since the
     length of the common beginning decides how much of it vLLM keeps (README.md)."""
     hidden = [*benchmark_task(1024).texts, *task.texts]
 
@@ -46,7 +47,8 @@ def demonstrations(task: AnnotatedTexts, shots: int = 10) -> dict:
 def prepared_prompts(
     lm: LM, task: AnnotatedTexts, shown: dict, marginal_texts: int
 ) -> dict[str, dict]:
-    """For each part what a rival is given: `rows` of token ids (for all parts but steps a list of them a text) and the
+    """For each part what a rival is given: `rows` of token ids (for all parts but steps a list of
+    them a text) and the
     tokens to `watch`; for steps also the mark that closes a list and the `limit` of new tokens."""
 
     def questions(prompts):
@@ -93,7 +95,9 @@ def steps_prompts(lm: LM, task: AnnotatedTexts, shown) -> dict:
 
 
 def marginal_reads(lm: LM, task: AnnotatedTexts, shown: dict, watch: list[int]) -> dict:
-    "Every path that the search for the exact marginals reads, text by text, and what it read there: a rival is spared the search."
+    """Every path that the search for the exact marginals reads, text by text, and what it read
+    there: a rival is spared the search.
+    """
     packs(lm)  # its check is no part of the search
     rows, found, originals = [], [], {tree: tree.compute for tree in (PackedTree, PlainTree)}
 

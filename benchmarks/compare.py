@@ -1,10 +1,14 @@
-"""Step probing, unary and binary breakdown and exact marginals beside what a user would pick instead, in one run.
+"""Step probing, unary and binary breakdown and exact marginals beside what a user would pick
+instead, in one run.
 
-    make benchmark                                        # both dtypes; README.md beside this file says how to read it
-    .venv/bin/python benchmarks/compare.py --texts 8 --repeats 1     # to try it
+    make benchmark                                                 # both dtypes
+    .venv/bin/python benchmarks/compare.py --texts 8 --repeats 1   # to try it
 
-Every contender runs in a process of its own, on the same prompts, model, dtype and threads. They take turns: each repeat
-runs all of them once, the others stopped meanwhile, so that ratios are taken within a repeat.
+README.md beside this file says how to read the results.
+
+Every contender runs in a process of its own, on the same prompts, model, dtype and threads. They
+take turns: each repeat runs all of them once, the others stopped meanwhile, so that ratios are
+taken within a repeat.
 """
 
 import argparse
@@ -151,8 +155,8 @@ class Contender:
                 line for line in self.log.read_text(errors="replace").splitlines() if line.strip()
             ]
             raise Died(
-                f"{self.name} ended without an answer, exit code {self.process.wait()}; its log {self.log.name} ends with: "
-                f"{lines[-1] if lines else 'nothing'}"
+                f"{self.name} ended without an answer, exit code {self.process.wait()}; "
+                f"its log {self.log.name} ends with: {lines[-1] if lines else 'nothing'}"
             )
         return json.loads(line)
 
@@ -175,7 +179,9 @@ class Contender:
             self._send(signal.SIGSTOP)
 
     def peak_megabytes(self) -> float:
-        "Largest resident memory since the start or `forget_peak`, summed over the processes of the contender."
+        """Largest resident memory since the start or `forget_peak`, summed over the processes of
+        the contender.
+        """
         total = 0
         for pid in descendants(self.process.pid):
             try:
@@ -442,7 +448,8 @@ def outputs(answer: dict, lm) -> list[str]:
 
 
 def first_labels(answer: dict, asked: dict, ours: dict, lm, outcomes: int) -> np.ndarray:
-    """Full-vocabulary probabilities (n, outcomes) of the labels' first tokens at step 1, found where ours has its step 1.
+    """Full-vocabulary probabilities (n, outcomes) of the labels' first tokens at step 1, found
+    where ours has its step 1.
 
     NaN where a contender did not return them, or wrote something else up to there.
     """
@@ -485,7 +492,9 @@ def values_at(answer, i, position, before, names, lm) -> list:
 
 
 def probabilities(part: str, answer: dict, ours: dict, comparison: Comparison) -> np.ndarray:
-    "What the contenders' numbers are compared by: step 1's labels, the two-way answers, the marginals' reads."
+    """What the contenders' numbers are compared by: step 1's labels, the two-way answers, the
+    marginals' reads.
+    """
     if part.startswith("steps"):
         return first_labels(
             answer,
@@ -501,7 +510,9 @@ def probabilities(part: str, answer: dict, ours: dict, comparison: Comparison) -
 
 
 def agreement(comparison: Comparison, reference: dict) -> list[dict]:
-    "Largest difference to our float32 numbers, and the share of the same answers, for each part and contender."
+    """Largest difference to our float32 numbers, and the share of the same answers, for each part
+    and contender.
+    """
     found = []
     for (part, name), answer in comparison.answers.items():
         expected = reference.get(part)
@@ -651,7 +662,8 @@ def machine(rivals: Path) -> str:
                 [python, "-c", code], stdout=subprocess.PIPE, text=True
             ).stdout.strip()
     named = ", ".join(f"{name} {number}" for name, number in versions.items())
-    return f"{datetime.date.today()}; {cpu}, {threads} threads; Python {platform.python_version()}, {named}."
+    python = platform.python_version()
+    return f"{datetime.date.today()}; {cpu}, {threads} threads; Python {python}, {named}."
 
 
 def save(out: Path, arguments, comparisons: list[Comparison]):
@@ -673,7 +685,8 @@ def save(out: Path, arguments, comparisons: list[Comparison]):
     }
     tables = {"comparison": table, "limit": limits, "goals": goals(table, limits, weights)}
     page = [
-        f"# Benchmark\n\n{machine(arguments.rivals)} {MODEL}, 10-shot GoEmotions, {arguments.texts} texts for the fast ones, "
+        f"# Benchmark\n\n{machine(arguments.rivals)} {MODEL}, 10-shot GoEmotions, "
+        f"{arguments.texts} texts for the fast ones, "
         f"{arguments.repeats} repeats. [README](../README.md) says how to read this.\n"
     ]
     for name, one in tables.items():

@@ -1,11 +1,14 @@
 """The programs that `compare.py` sets against each other, each in a process of its own.
 
-    python benchmarks/contenders.py NAME JOB.json    # started by compare.py, in the environment that NAME needs
+    python benchmarks/contenders.py NAME JOB.json
 
-A contender reads one line of JSON for each thing it is asked to do and answers with one line. Nothing but the standard
-library is imported here before a contender is made, since vLLM and llama.cpp live in environments without this package.
-Every contender gets the same prompts as token ids. `generate` answers greedily until the list is closed; `read` gives the
-log-probabilities of watched tokens behind each prompt.
+compare.py starts it, in the environment that NAME needs.
+
+A contender reads one line of JSON for each thing it is asked to do and answers with one line.
+Nothing but the standard library is imported here before a contender is made, since vLLM and
+llama.cpp live in environments without this package. Every contender gets the same prompts as token
+ids. `generate` answers greedily until the list is closed; `read` gives the log-probabilities of
+watched tokens behind each prompt.
 """
 
 import argparse
@@ -29,7 +32,9 @@ def plain_float(value):
 
 
 class TokenCounter:
-    "Counts the tokens that a torch model computes, padding included, where they enter its embedding."
+    """Counts the tokens that a torch model computes, padding included, where they enter its
+    embedding.
+    """
 
     def __init__(self, model):
         self.tokens = 0
@@ -170,7 +175,9 @@ class Rival:
 
 
 class Transformers(Rival):
-    "`generate` of transformers, one text at a time, stopped at the end of the answer, with the logits only."
+    """`generate` of transformers, one text at a time, stopped at the end of the answer, with the
+    logits only.
+    """
 
     rows_at_once = 1
 
@@ -292,7 +299,9 @@ class Published(Transformers):
 
 
 class VLLM(Rival):
-    "vLLM's CPU build with prefix caching, all prompts handed over at once; it returns the watched tokens' log-probabilities only."
+    """vLLM's CPU build with prefix caching, all prompts handed over at once; it returns the watched
+    tokens' log-probabilities only.
+    """
 
     options = {}
 
@@ -358,15 +367,19 @@ class VLLM(Rival):
 
 
 class VLLM32(VLLM):
-    "The same with a cache in blocks of 32 tokens, the smallest that its attention takes here, instead of 128."
+    """The same with a cache in blocks of 32 tokens, the smallest that its attention takes here,
+    instead of 128.
+    """
 
     options = {"block_size": 32}
 
 
 class LlamaCpp(Rival):
-    """llama-cpp-python on the original 4-bit file: what a prompt shares with the one before stays in its cache.
+    """llama-cpp-python on the original 4-bit file: what a prompt shares with the one before stays
+    in its cache.
 
-    Answers come from `create_completion` without probabilities; a question is read off the last token's logits.
+    Answers come from `create_completion` without probabilities; a question is read off the last
+    token's logits.
     """
 
     logits_all = False
@@ -395,7 +408,9 @@ class LlamaCpp(Rival):
 
     @staticmethod
     def avoid_amx(library):
-        "llama.cpp's AMX kernels end with a segmentation fault on this model (ggml-org/llama.cpp issue 20824): the others are taken."
+        """llama.cpp's AMX kernels end with a segmentation fault on this model (ggml-org/llama.cpp
+        issue 20824): the others are taken.
+        """
         cpu, defaults = Path("/proc/cpuinfo"), library.llama_model_default_params
         if cpu.exists() and "amx_int8" in cpu.read_text():
 
@@ -420,7 +435,9 @@ class LlamaCpp(Rival):
 
     @staticmethod
     def named(answer):
-        "The tokens written and, for each, the likeliest ones' log-probabilities by their text; None without probabilities."
+        """The tokens written and, for each, the likeliest ones' log-probabilities by their text;
+        None without probabilities.
+        """
         found = answer.get("logprobs")
         return found and {
             "tokens": found["tokens"],
@@ -448,7 +465,9 @@ class LlamaCpp(Rival):
 
 
 class LlamaCppTop20(LlamaCpp):
-    "The same with the 20 likeliest tokens' log-probabilities, for which llama-cpp-python keeps all logits (logits_all)."
+    """The same with the 20 likeliest tokens' log-probabilities, for which llama-cpp-python keeps
+    all logits (logits_all).
+    """
 
     logits_all = True
 

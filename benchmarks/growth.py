@@ -1,10 +1,11 @@
-"""How the cost of step probing grows: time and peak memory against texts, labels, shots and model size.
+"""How the cost of step probing grows: time and peak memory against texts, labels, shots and model
+size.
 
-    make growth                                              # a table and a figure in runs/benchmark
-    .venv/bin/python benchmarks/growth.py --small            # the same in about three minutes, to try it
+    make growth                                      # a table and a figure in runs/benchmark
+    .venv/bin/python benchmarks/growth.py --small    # the same in about three minutes, to try it
 
-Every point is a process of its own, which loads the model and probes once; time is that of `probe_steps`, memory the peak
-of the process, imports and loading included.
+Every point is a process of its own, which loads the model and probes once; time is that of
+`probe_steps`, memory the peak of the process, imports and loading included.
 """
 
 import argparse
@@ -43,7 +44,9 @@ AXES = {
 
 
 def numbered(texts: list[str], wanted: int) -> list[str]:
-    "As many texts as wanted: after the first round each has a running number in front, so that none is computed twice."
+    """As many texts as wanted: after the first round each has a running number in front, so that
+    none is computed twice.
+    """
     return [
         text if i < len(texts) else f"{i}. {text}"
         for i, text in ((i, texts[i % len(texts)]) for i in range(wanted))
@@ -51,7 +54,9 @@ def numbered(texts: list[str], wanted: int) -> list[str]:
 
 
 def made_up_labels(count: int) -> LabelSet:
-    "Names of three syllables that no language has; nearly all begin with tokens that others begin with too."
+    """Names of three syllables that no language has; nearly all begin with tokens that others begin
+    with too.
+    """
     syllables = [a + b for a, b in product("bdfgklmnprstvz", "aeiou")]
     rng = np.random.default_rng(0)
     names = list(dict.fromkeys("".join(rng.choice(syllables, 3)) for _ in range(2 * count)))[:count]
@@ -122,8 +127,7 @@ def in_own_process(point: dict) -> dict | None:
     "`measure` in a new process; None, with a note, where it fails."
     done = subprocess.run(
         [sys.executable, __file__, "--point", json.dumps(point)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
     )
     if done.returncode:

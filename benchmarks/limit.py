@@ -40,7 +40,9 @@ class Needed:
 
 
 def count_needed(paths: Iterable[Sequence[int]], reads: int) -> Needed:
-    "Of token paths from the beginning on, whose ends (`reads` of them) are read; beginnings that paths share count once."
+    """Of token paths from the beginning on, whose ends (`reads` of them) are read; beginnings that
+    paths share count once.
+    """
     paths = [tuple(path) for path in paths]
     shared = common_prefix(paths) if len(set(paths)) > 1 else 0
     nodes = {
@@ -58,8 +60,9 @@ def step_paths(
     tokens: AnswerTokens,
     reading: str,
 ) -> list[tuple[int, ...]]:
-    """What must be computed for a text's steps, as paths that are read: the prompt's end; the answer but its last token; in
-    the exact reading every spelling at each step; behind each label a bare quote, which decides whether the list goes on.
+    """What must be computed for a text's steps, as paths that are read: the prompt's end; the
+    answer but its last token; in the exact reading every spelling at each step; behind each label a
+    bare quote, which decides whether the list goes on.
 
     steps: (tokens of the answer before the label, label) each.
     """

@@ -1,10 +1,11 @@
-"""How long training takes, and what it reaches: a linear probe, SFT with all weights and with LoRA, Demux.
+"""How long training takes, and what it reaches: a linear probe, SFT with all weights and with LoRA,
+Demux.
 
     make benchmark-training, or: python benchmarks/training.py [--small]
 
-GoEmotions with its seven groups; one process, one method after the other, all cores. Seconds hold everything from texts to
-a predictor: the probe's hidden states, the dev texts that stop a training. Scores are those of 200 dev texts, written
-greedily after SFT, at a threshold of 0.5 otherwise.
+GoEmotions with its seven groups; one process, one method after the other, all cores. Seconds hold
+everything from texts to a predictor: the probe's hidden states, the dev texts that stop a training.
+Scores are those of 200 dev texts, written greedily after SFT, at a threshold of 0.5 otherwise.
 """
 
 import argparse

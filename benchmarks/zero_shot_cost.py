@@ -1,4 +1,5 @@
-"""What each zero-shot method costs: tokens computed and time per text; and Bradley-Terry against a per-text Adam loop.
+"""What each zero-shot method costs: tokens computed and time per text; and Bradley-Terry against a
+per-text Adam loop.
 
     make benchmark-cost, or: python benchmarks/zero_shot_cost.py [--texts 16] [--shots 10]
 
@@ -7,6 +8,7 @@ they enter the model.
 """
 
 import argparse
+import functools
 import time
 
 import numpy as np
@@ -34,12 +36,8 @@ def methods_table(task, lm, shots):
     rows.append(("step probing (all methods that read a trace)", *trace_cost))
     for name, method in METHODS.items():
         if method.needs == "model":
-            rows.append(
-                (
-                    name,
-                    *counted(counter, lambda: zero_shot(lm, task, [name], shots, progress=False)),
-                )
-            )
+            ask = functools.partial(zero_shot, lm, task, [name], shots, progress=False)
+            rows.append((name, *counted(counter, ask)))
     table = pd.DataFrame(rows, columns=["method", "seconds", "tokens"])
     table["tokens a text"], table["ms a text"] = (
         table["tokens"] / len(task),
@@ -95,7 +93,8 @@ if __name__ == "__main__":
     asked = parser.parse_args()
     task = load_task("brighter-eng").sample(asked.texts, seed=0)
     print(
-        f"{asked.texts} texts of brighter-eng, {asked.shots}-shot, smollm2-135m-emotions, float32, {torch.get_num_threads()} threads\n"
+        f"{asked.texts} texts of brighter-eng, {asked.shots}-shot, smollm2-135m-emotions, "
+        f"float32, {torch.get_num_threads()} threads\n"
     )
     print(methods_table(task, load_lm("smollm2-135m-emotions"), asked.shots).to_string(index=False))
     print("\nBradley-Terry, 1,000 texts of 8 labels\n" + solver_table().round(4).to_string())

@@ -18,8 +18,9 @@ from transformers import (
 
 from mlc_notebooks.models import LM, fetch_model, load_lm
 
-# The properties in test_fuzz.py see the same examples in every run. To search longer, among other examples each time:
-#   HYPOTHESIS_PROFILE=search pytest tests/test_fuzz.py     (the same as --hypothesis-profile=search)
+# The properties in test_fuzz.py see the same examples in every run. To search longer, among other
+# examples each time (the same as --hypothesis-profile=search):
+#   HYPOTHESIS_PROFILE=search pytest tests/test_fuzz.py
 settings.register_profile("fixed", max_examples=100, derandomize=True, deadline=None)
 settings.register_profile("search", max_examples=5000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
@@ -93,9 +94,11 @@ def tiny_lms(tokenizer):
 def tiny_folder(tmp_path_factory):
     "A Llama with random weights that reads and writes bytes."
     torch.manual_seed(0)
-    folder, letters = tmp_path_factory.mktemp("tiny"), sorted(ByteLevel.alphabet())
+    folder = tmp_path_factory.mktemp("tiny")
+    letters = sorted(ByteLevel.alphabet())
     tokens = Tokenizer(BPE({letter: i for i, letter in enumerate(["<end>", *letters])}, []))
-    tokens.pre_tokenizer, tokens.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    tokens.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokens.decoder = ByteLevelDecoder()
     PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>").save_pretrained(folder)
     model = LlamaForCausalLM(
         LlamaConfig(

@@ -1,4 +1,4 @@
-"""The made Boxes task: what the texts say is replayed here from their words alone, and must give the gold sets."""
+"""The made Boxes task: its texts are replayed from their words alone, and must give the gold."""
 
 import re
 from collections import Counter
@@ -20,10 +20,11 @@ from mlc_notebooks.probing import probe_steps
 
 SPLITS = ("train", "dev", "test")
 FIRST = (
-    "At first, box 1 holds the whistle and the kettle; box 2 holds the ladder and the candle; box 3 holds the towel and the "
-    "envelope; box 4 holds nothing; box 5 holds the yarn. Then the towel is taken out of box 3. Then everything in box 5 is "
-    "tipped into box 4. Then the yarn is moved from box 4 to box 3. Then the envelope is moved from box 3 to box 2. What does "
-    "box 5 hold at the end?"
+    "At first, box 1 holds the whistle and the kettle; box 2 holds the ladder and the candle; "
+    "box 3 holds the towel and the envelope; box 4 holds nothing; box 5 holds the yarn. "
+    "Then the towel is taken out of box 3. Then everything in box 5 is tipped into box 4. "
+    "Then the yarn is moved from box 4 to box 3. Then the envelope is moved from box 3 to box 2. "
+    "What does box 5 hold at the end?"
 )
 SENTENCE = re.compile(
     r"At first, (?P<start>.+)|Then the (?P<put>\w+) is put into box (?P<put_to>\d+)"
@@ -147,7 +148,8 @@ def test_the_seed_decides_and_larger_tasks_begin_alike():
     for split in SPLITS:
         assert first.split(split).texts == again.split(split).texts != other.split(split).texts
     assert generate_boxes(n=80, train=3, dev=2).texts[:50] == first.texts
-    # Stored traces stay comparable only as long as a seed means the same texts (NumPy may change its streams: then say so).
+    # Stored traces stay comparable only as long as a seed means the same texts.
+    # (NumPy may change its streams: then say so.)
     assert first.texts[0] == FIRST and generate_boxes.__defaults__ == (200, 5, 24, 4, 0, 400, 100)
 
 

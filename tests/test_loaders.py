@@ -1,15 +1,31 @@
-"""Each loader on a small hand-made file in the official format, and on the real files where MLC_DATA has them."""
+"""Each loader on a small hand-made file in the official format, and on the real files where
+MLC_DATA has them; and the container that they all fill."""
 
+import ast
 import gzip
 import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from mlc_notebooks.data import SOURCES, draw_demonstrations, load_table, load_task, text_key
+from mlc_notebooks.data import (
+    FLAGS,
+    IRREGULAR_FLAGS,
+    SOURCES,
+    AnnotatedTexts,
+    LabelSet,
+    draw_demonstrations,
+    load_table,
+    load_task,
+    text_key,
+    unannotated,
+    without_texts,
+)
 
 DATA = Path(__file__).parent / "data"
+PACKAGE = Path(__file__).parent.parent / "mlc_notebooks"
 SPLITS = ("train", "dev", "test")
 
 
@@ -117,7 +133,7 @@ def test_msp_podcast():
     assert q(several.pool, "a.wav") == {
         "Happy": 0.5,
         "Excited": 0.5,
-    }  # behind Other nothing counts; Neutral is none
+    }  # after Other nothing counts; Neutral is none
     assert q(several, "b.wav") == {"Concerned": 1.0, "Sad": 0.5}
     single = small("msp-podcast", several=False)
     assert not single.labels.is_multi and q(single, "b.wav") == {"Sad": 1.0}
@@ -170,7 +186,7 @@ def test_the_real_files(name, options, sizes, annotators):
 
 
 def test_the_default_threshold_is_the_organisers_own():
-    "The majority of the Swedish annotators against the aggregated labels: threshold 1 reproduces them, 2 does not."
+    "The Swedish majority against the aggregated labels: threshold 1 reproduces them, 2 does not."
     folder = Path(os.environ.get("MLC_DATA", "/nowhere")) / "brighter"
     if not folder.is_dir():
         pytest.skip("MLC_DATA is not set to a folder with this data set")
@@ -220,3 +236,79 @@ def test_no_text_under_test_is_shown(tmp_path):
     for seed in range(3):
         shown = draw_demonstrations(task.pool, 200, seed, exclude=task.texts)
         assert not {text_key(text) for text, _ in shown} & set(map(text_key, task.texts))
+
+
+def flags_set_in(path: Path) -> set[str]:
+    "The strings that a module puts into sets, by braces or by `add`: they are flags."
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        strings = []
+        if isinstance(node, ast.Set):
+            strings = [element for element in node.elts if not isinstance(element, ast.Starred)]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add":
+            strings = node.args
+        for string in strings:
+            for part in ast.walk(string):
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    found.add(part.value)
+    return found
+
+
+def test_the_table_has_every_flag_that_is_set():
+    "The parser and the probing code set flags by name; each is in the table, and nothing else is."
+    modules = [PACKAGE / "data" / "answers.py", *sorted((PACKAGE / "probing").glob("*.py"))]
+    assert set().union(*map(flags_set_in, modules)) == set(FLAGS)
+    assert all(flag.name == name for name, flag in FLAGS.items())
+    assert {flag.level for flag in FLAGS.values()} == {"prompt", "answer", "step"}
+    assert IRREGULAR_FLAGS == {name for name, flag in FLAGS.items() if flag.irregular}
+
+
+def test_a_task_shows_itself_in_a_few_lines():
+    task = load_task("convabuse")
+    assert repr(task) == (
+        "<convabuse: 853 texts, 12 labels, 1 to 8 annotators per text, "
+        "splits: train 2501, dev 831, test 853>"
+    )
+    assert repr(load_task("goemotions")).count("aggregated") == 1
+    assert repr(unannotated(["hm"], LabelSet(["joy"]))) == (
+        "<texts: 1 text, 1 label, 0 annotators per text>"
+    )
+    assert len(repr(task.labels)) < 250
+
+
+def test_a_task_as_html():
+    "Counts of labels and three texts; what people wrote cannot become a part of the page."
+    joy = np.array([[1, 0], [1, 0], [0, 1]])
+    texts = ["<script>alert(1)</script> & more", "fine", "unread", "the fourth"]
+    annotations = [joy, joy[2:], joy[:0], joy]
+    labels = LabelSet(["joy", "<b>fear</b>"])
+    task = AnnotatedTexts("a & b", ["1", "2", "3", "4"], texts, labels, annotations)
+    page = task._repr_html_()
+    assert "<script" not in page and "<b>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in page
+    assert "a &amp; b: 4 texts" in page
+    assert "<td>joy</td>" in page and "nobody was asked" in page and "the fourth" not in page
+    assert "<td>2</td>" in page and "<td>1</td>" in page  # texts with each label
+    assert "<td>none</td>" in AnnotatedTexts("n", ["1"], ["x"], labels, [0 * joy])._repr_html_()
+    assert unannotated([], labels)._repr_html_()
+
+
+def test_items_by_id():
+    task = load_task("brighter-eng")
+    ids = task.ids[5:2:-1]
+    some = task.at(ids)
+    assert some.ids == ids and some.texts == task.texts[5:2:-1]
+    assert some.gold_sets() == task.gold_sets()[5:2:-1] and some.splits is task.splits
+    with pytest.raises(ValueError, match="brighter-eng has no item 'nowhere'"):
+        task.at([ids[0], "nowhere"])
+
+
+def test_texts_that_nobody_annotated():
+    labels = LabelSet(["joy", "fear"])
+    splits = {"train": small("mfrc")}
+    task = unannotated(["a", "b"], labels, ["x", "y"], "mine", "emotions", splits)
+    assert (task.ids, task.name, task.label_noun) == (("x", "y"), "mine", "emotions")
+    assert task.pool.name == "mfrc" and task.distribution().isna().all(axis=None)
+    with pytest.raises(ValueError, match="item 'x' has no annotations"):
+        task.majority()
+    assert without_texts(task, [" A "]).texts == ("b",)

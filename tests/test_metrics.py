@@ -14,7 +14,6 @@ from mlc_notebooks.metrics import (
     alignment,
     bootstrap,
     bootstrap_mean,
-    ceiling,
     first_and_final,
     first_final_agreement,
     first_step_quality,
@@ -26,10 +25,12 @@ from mlc_notebooks.metrics import (
     order_accuracy,
     paired_difference,
     phenomenon_table,
+    profiles,
     rank_histogram,
     sets,
     sorted_profile,
     spikiness,
+    statistics,
     step_profile,
 )
 from mlc_notebooks.probing import Trace
@@ -119,7 +120,7 @@ def few_draws(monkeypatch):
     def three(statistic, n_items, *_, **__):
         return bootstrap(statistic, n_items, 3)
 
-    for module in (alignment, ceiling, sets):
+    for module in (alignment, profiles, sets, statistics):
         monkeypatch.setattr(module, "bootstrap", three)
 
 

@@ -55,7 +55,7 @@ def test_a_second_fetch_only_checks(cache, monkeypatch, capsys):
 
 
 def test_killed_and_corrupted_fetches_are_made_good(cache, monkeypatch):
-    "A fetch killed in the middle leaves no model; the next one succeeds, and so it does when a file was damaged."
+    "A fetch that is killed leaves no model; the next succeeds, also where a file was damaged."
     monkeypatch.setenv("MLC_CACHE", str(cache))
     running = subprocess.Popen(
         [sys.executable, "-c", "from mlc_notebooks.models import fetch_model; fetch_model()"],
@@ -167,7 +167,7 @@ def write_tiny_gguf(path: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    "A tiny model in three wheels on an index of their own, and an empty cache; returns the folder of the wheels."
+    "A tiny model in three wheels on an index of their own: (index, empty cache, tensors)."
     index, cache = tmp_path / "index", tmp_path / "cache"
     index.mkdir()
     tensors = write_tiny_gguf(tmp_path / "tiny.gguf")
@@ -253,6 +253,18 @@ def test_what_is_known_of_the_models():
         assert all(re.fullmatch(r"[\w.-]+==[\d.]+", package) for package in source.packages)
 
 
+def test_the_table_of_models_is_read_without_heavy_libraries():
+    "The command line reads it for its help."
+    code = """
+import sys
+from mlc_notebooks.models.fetch import WHEEL_MODELS
+heavy = {"torch", "transformers", "pandas"} & set(sys.modules)
+sys.exit(f"loaded {heavy}" if heavy or not WHEEL_MODELS else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_package_that_cannot_be_had(tmp_path):
     with pytest.raises(ConnectionError, match="could not download no-such-package-mlc==9"):
         fetch._download("no-such-package-mlc==9", tmp_path)
@@ -286,6 +298,10 @@ def test_a_folder_is_loaded_as_a_model(base_lm, tmp_path):
     assert again.fingerprint == base_lm.fingerprint
 
 
+def test_a_language_model_is_shown_in_one_line(base_lm):
+    assert repr(base_lm) == "LM('smollm2-135m', 135 million weights, float32, cpu)"
+
+
 def test_no_pickle_is_read(base_lm, tmp_path):
     base_lm.model.config.save_pretrained(tmp_path)
     base_lm.tokenizer.save_pretrained(tmp_path)
@@ -306,7 +322,7 @@ def test_the_adapter_is_merged_as_peft_does_it(tuned_lm):
 
 
 def test_the_dequantised_tokenizer_spells_plainly(base_lm):
-    "Trap 15: digits one by one, emoji as bytes, newlines as tokens of their own."
+    "Digits one by one, emoji as bytes, newlines as tokens of their own."
 
     def pieces(text):
         return [base_lm.token_texts[i] for i in base_lm.encode_text(text)]
@@ -318,7 +334,7 @@ def test_the_dequantised_tokenizer_spells_plainly(base_lm):
 
 
 def test_letters_of_a_sentencepiece_vocabulary_are_no_marks():
-    "In Gemma's vocabulary a letter like Ċ is a letter; in a byte-level one it stands for a newline."
+    "In Gemma's vocabulary Ċ is a letter; in a byte-level one it stands for a newline."
     words = {"<0x0A>": 0, "▁joy": 1, "Ċa": 2, "\n": 3}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words)))
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=5))

@@ -1,4 +1,6 @@
-"""One source of truth: what stands in two files is the same, and a wheel carries what the library needs."""
+"""One source of truth: what stands in two files is the same, and a wheel carries what the library
+needs.
+"""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Free decoding with the first_token reading against figures obtained from the paper's published code."""
+"""Free decoding with the first_token reading against figures from the paper's published code."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mlc_notebooks.data import AnnotatedTexts, LabelSet
+from mlc_notebooks.data import LabelSet, unannotated
 from mlc_notebooks.probing import probe_steps
 
 PUBLISHED = json.loads(
@@ -27,15 +27,7 @@ def demonstrations():
 @pytest.fixture(scope="module")
 def trace(base_lm):
     labels, texts = LabelSet(PUBLISHED["labels"]), [item["text"] for item in PUBLISHED["items"]]
-    nobody = [np.zeros((0, 7), np.uint8)] * len(texts)
-    task = AnnotatedTexts(
-        "published",
-        [str(i) for i in range(len(texts))],
-        texts,
-        labels,
-        nobody,
-        label_noun="emotions",
-    )
+    task = unannotated(texts, labels, name="published", label_noun="emotions")
     shown = [
         (text, [name for name in chosen if name != "none"]) for text, chosen in demonstrations()
     ]
@@ -53,9 +45,12 @@ def test_the_prompt_is_the_published_one(trace):
 
 @pytest.mark.parametrize("position", range(len(PUBLISHED["items"])))
 def test_probabilities_at_shared_label_positions(trace, position):
-    """Both definitions share the label positions of the answer itself. They differ by design:
-    the published code counts any later occurrence of a label's first token, also past the end of the answer, so it may
-    list more positions than the answer has labels; those are not compared."""
+    """Both definitions share the label positions of the answer itself.
+
+    They differ by design: the published code counts any later occurrence of a label's first token,
+    also past the end of the answer. So it may list more positions than the answer has labels; those
+    are not compared.
+    """
     published = PUBLISHED["items"][position]
     frame = trace.frame()
     mine = frame[frame["example"] == str(position)].pivot(

@@ -6,9 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import special_ortho_group
+from sklearn.decomposition import TruncatedSVD
 from sklearn.metrics import f1_score
+from sklearn.preprocessing import StandardScaler
 
-from mlc_notebooks.alignment import make_probe, probe_predictions
+from mlc_notebooks.alignment import fit_on_states, probe_predictions
 from mlc_notebooks.data import AnnotatedTexts, LabelSet
 from mlc_notebooks.probing import Trace
 
@@ -154,25 +156,30 @@ def test_labels_of_one_class_are_predicted_constant_and_quietly():
     gold[:, 1], gold[:, 2] = 0, 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        probe = make_probe(12).fit(rng.normal(size=(60, 12)), gold)
-        prob = probe.predict_proba(rng.normal(size=(5, 12)))
+        probe = fit_on_states(rng.normal(size=(60, 12)), gold, LABELS)
+        prob = probe(rng.normal(size=(5, 12)))
         task = make_task(gold)
         probe_predictions(make_trace(task, task.gold_sets(), rng.normal(size=(60, 2, 12))), task)
         probe_predictions(
             make_trace(task, task.gold_sets(), np.ones((60, 1, 12))), task
         )  # nothing to tell apart
     assert prob.shape == (5, 4) and ((prob > 0) & (prob < 1))[:, [0, 3]].all()
-    assert (prob[:, 1] == 0).all() and (prob[:, 2] == 1).all()
+    np.testing.assert_allclose(prob[:, 1], 0.5 / 61)  # half a text with the label is added ...
+    np.testing.assert_allclose(prob[:, 2], 60.5 / 61)  # ... and half a text without it
 
 
-def test_the_svd_takes_what_the_data_allow():
-    "A quarter of the width, or as many components as there are items."
+@pytest.mark.parametrize("items, width, kept", [(50, 40, 10), (20, 400, 19), (20, 2, 1)])
+def test_the_svd_takes_what_the_data_allow(items, width, kept):
+    "A quarter of the width, or one direction fewer than there are items."
     rng = np.random.default_rng(0)
-    for items, width, components in ((50, 40, 10), (20, 400, 20), (20, 2, 1)):
-        probe = make_probe(width).fit(
-            rng.normal(size=(items, width)), rng.integers(0, 2, (items, 1))
-        )
-        assert probe[1].components_.shape == (components, width)
+    states = rng.normal(size=(items, width))
+    gold = rng.integers(0, 2, (items, len(LABELS)))
+    weight = fit_on_states(states, gold, LABELS).weight * states.std(axis=0)[:, None]
+    axes = TruncatedSVD(kept, random_state=0).fit(StandardScaler().fit_transform(states))
+    within = axes.components_.T @ (axes.components_ @ weight)
+    np.testing.assert_allclose(within, weight, atol=1e-6)
+    fewer = axes.components_[:-1]
+    assert kept == 1 or not np.allclose(fewer.T @ (fewer @ weight), weight, atol=1e-3)
 
 
 @pytest.mark.filterwarnings("error")

@@ -1,4 +1,7 @@
-"""Runs that are killed, starved of disk or memory, damaged, or given to two processes: they end with the same bits."""
+"""Runs that are killed, starved of disk or memory, damaged, or given to two processes.
+
+All of them end with the same bits.
+"""
 
 import json
 import multiprocessing
@@ -22,7 +25,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mlc_notebooks.alignment import average_prompts, inclusion_bounds, sampled_marginals, zero_shot
 from mlc_notebooks.data import AnnotatedTexts, LabelSet, load_task
-from mlc_notebooks.engine import SettingsChanged, discard_runs, in_batches, part_bytes, read_part
+from mlc_notebooks.engine import (
+    SettingsChanged,
+    check_same_settings,
+    discard_runs,
+    in_batches,
+    part_bytes,
+    read_part,
+)
+from mlc_notebooks.engine.runs import _advance, _progress_bar
 from mlc_notebooks.models import LM, load_lm
 from mlc_notebooks.probing import Trace, probe_steps
 
@@ -120,7 +131,7 @@ def wait_for_parts(child, folder, count):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_any_moment(lm, whole, tmp_path, seed):
-    "kill -9 at random moments within a batch, some batches on from the last kill, until a run comes to its end."
+    "kill -9 at random moments, some batches on from the last kill, until a run comes to its end."
     rng, kills, folder = random.Random(seed), 0, tmp_path / "run"
     while True:
         before = len(list(folder.glob("*.safetensors")))
@@ -153,7 +164,7 @@ def killed_at(lm, folder, count):
 
 
 def test_killed_before_every_operation_on_a_file(lm, whole, tmp_path):
-    "Each run is killed some operations later than the one before it had come; the last one is left alone."
+    "Each run is killed some operations later than the one before; the last one is left alone."
     kills = 0
     for count in range(1, 60):
         code = exit_code(in_child(killed_at, lm, tmp_path / "run", count))
@@ -193,7 +204,7 @@ def with_quota(folder, limit, said):
 
 
 def test_a_quota_stops_a_run_and_breaks_nothing(tmp_path):
-    "Room grows from run to run; wherever a file did not fit, the folder stays whole and the next run goes on."
+    "Room grows from run to run; where a file did not fit, the folder stays whole."
     said, mine = [], FORK.Pipe(duplex=False)
     for limit in range(100, 1600, 50):
         folder = tmp_path / "run"
@@ -347,7 +358,7 @@ def test_another_model_machine_or_dtype_is_refused(lm, tiny_folder, tmp_path):
 
 
 def interrupted(lm, folder, events):
-    "Probe with errors raised in the model's first pass after so many parts were kept: {parts: error}."
+    "Probe; errors are raised in the first pass after so many parts were kept: {parts: error}."
     events = dict(events)
 
     def interrupt(*_):
@@ -436,7 +447,7 @@ def test_many_processes_at_one_folder(tmp_path):
 
 
 def test_every_method_goes_on(base_lm, tmp_path):
-    """What zero_shot, trees and averages give from a folder, whole or with parts taken out, is what they give without one.
+    """zero_shot, trees and averages give the same without a folder, with one, and with a damaged one.
 
     A small random model with a real tokenizer, in which the answers begin with different tokens.
     """
@@ -509,6 +520,28 @@ def test_discarding_leaves_everything_else(tmp_path):
     discard_runs(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("done", [0, 20])
+def test_no_estimate_before_a_tenth_of_the_work_is_done(done):
+    "A tenth of what this call computes: the first texts are the longest, or what was done before."
+    with _progress_bar(40, done, "asking", True) as bar:
+        for computed in range(1, 8):
+            _advance(bar, 1)
+            assert ("<" in str(bar)) == (computed * 10 >= 40 - done)
+        assert f"{done + 7}/40" in str(bar)
+    with _progress_bar(40, done, "asking", False) as silent:
+        _advance(silent, 1)
+
+
+def test_each_changed_setting_is_named():
+    before = json.loads(json.dumps({"seed": 0, "labels": ("a", "b"), "dtype": "float32"}))
+    check_same_settings("there", before, {"dtype": "float32", "seed": 0, "labels": ("a", "b")})
+    with pytest.raises(SettingsChanged) as error:
+        check_same_settings("there", before, {"seed": 1, "labels": ["a", "b"], "new": 2})
+    for named in ("seed was 0, now 1", "new was None, now 2", "dtype was 'float32', now None"):
+        assert named in str(error.value)
+    assert "labels" not in str(error.value) and "Delete there to begin anew" in str(error.value)
+
+
 NUMBERS = st.one_of(
     hnp.integer_dtypes(endianness="="),
     hnp.unsigned_integer_dtypes(endianness="="),
@@ -575,7 +608,7 @@ def test_what_a_part_cannot_hold_is_named():
 
 
 def test_a_real_model_goes_on_to_the_same_bits(tuned_lm, tmp_path):
-    "On SmolLM2, whose matrix products are large enough for every kernel: an interruption after each batch."
+    "On SmolLM2, whose products are large enough for every kernel; interrupted after each batch."
     task, ask = (
         load_task("brighter-eng").sample(6, seed=4),
         dict(shots=0, batch_size=2, progress=False),
@@ -583,7 +616,7 @@ def test_a_real_model_goes_on_to_the_same_bits(tuned_lm, tmp_path):
     at_once = probe_steps(tuned_lm, task, **ask)
     for parts in (1, 2):
 
-        def interrupt(*_):
+        def interrupt(*_, parts=parts):
             if len(list(tmp_path.glob("*.safetensors"))) == parts:
                 raise KeyboardInterrupt
 

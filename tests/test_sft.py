@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: which tokens are learned, the loss and its gradient, and runs that are stopped."""
+"""Supervised fine-tuning: the tokens learned, the loss and its gradient, runs that are stopped."""
 
 import json
 
@@ -22,6 +22,7 @@ from mlc_notebooks.alignment import (
     training,
 )
 from mlc_notebooks.data import AnnotatedTexts, LabelSet, load_task
+from mlc_notebooks.engine import claimed
 from mlc_notebooks.models import load_lm
 
 LABELS = LabelSet(["joy", "fear", "anger"])
@@ -83,27 +84,29 @@ def test_label_orders(base_lm):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_loss_and_gradient_equal_a_plain_computation(tiny, examples, packed):
-    model, batch = load_lm(tiny).model.train(), examples[:3]
+    model = load_lm(tiny).model.train()
+    batch = examples[:3]
     total, count = answer_loss(model, batch, 2, packed)
     total.backward()
     fast = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    slow, tokens = 0.0, 0
+    slow = 0.0
+    tokens = 0
     for example in batch:  # one row at a time, every logit, float32
         logits = model(torch.tensor([example.ids])).logits[0].log_softmax(-1)
         for position, scored in enumerate(example.scored):
             if scored:
-                slow, tokens = slow - logits[position - 1, example.ids[position]], tokens + 1
+                slow = slow - logits[position - 1, example.ids[position]]
+                tokens += 1
     slow.backward()
     assert tokens == count
-    assert float(total.detach()) == pytest.approx(
-        float(slow.detach()), rel=5e-3
-    )  # bfloat16 against float32
+    # bfloat16 against float32
+    assert float(total.detach()) == pytest.approx(float(slow.detach()), rel=5e-3)
     for name, p in model.named_parameters():
-        assert (
-            torch.nn.functional.cosine_similarity(fast[name].flatten(), p.grad.flatten(), dim=0)
-            > 0.99
-        ), name
+        similarity = torch.nn.functional.cosine_similarity(
+            fast[name].flatten(), p.grad.flatten(), dim=0
+        )
+        assert similarity > 0.99, name
 
 
 def test_batches_of_similar_length_hold_every_example_once(examples):
@@ -134,7 +137,8 @@ def test_a_stopped_run_ends_like_one_that_was_not(tiny, examples, tmp_path, monk
 
     whole = run(tmp_path / "whole")
 
-    inner, calls = training.answer_loss, []
+    inner = training.answer_loss
+    calls = []
 
     def stop_at_the_sixth(*batch, **how):
         calls.append(torch.is_grad_enabled())  # a training step, not a look at the dev examples
@@ -176,7 +180,7 @@ def test_a_finished_run_is_not_run_again_and_another_is_refused(tiny, examples, 
         load_lm(tiny), examples, examples[:4], tmp_path, settings, progress=False
     ).equals(log)
     assert (tmp_path / "adapter_model.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match="batch_size = 8, now it is 4"):
+    with pytest.raises(ValueError, match="batch_size was 8, now 4"):
         fine_tune(
             load_lm(tiny),
             examples,
@@ -191,6 +195,12 @@ def test_a_finished_run_is_not_run_again_and_another_is_refused(tiny, examples, 
     assert mean_answer_loss(tuned.model, examples[:4], 2) == pytest.approx(
         log["dev_loss"].iloc[-1], abs=0.02
     )
+
+
+def test_one_process_at_a_time(tiny, examples, tmp_path):
+    settings = TuningSettings(r=2, batch_size=8, dev_every=5)
+    with claimed(tmp_path), pytest.raises(RuntimeError, match="in use by another process"):
+        fine_tune(load_lm(tiny), examples, examples[:4], tmp_path, settings, progress=False)
 
 
 def test_early_stopping_goes_back_to_the_lowest_dev_loss(tiny, examples, tmp_path):
@@ -245,17 +255,14 @@ def test_fit_sft_learns_no_text_of_another_split(tiny, tmp_path):
         progress=False,
     )
     about = json.loads((tmp_path / "sft.json").read_text())
-    assert (
-        about["texts"] == 12
-        and json.loads((tmp_path / "settings.json").read_text())["examples"] == 24
-    )
+    assert about["texts"] == 12
+    assert json.loads((tmp_path / "settings.json").read_text())["examples"] == 24
     again = SFT.load(tmp_path)
     few = test.select([0, 1])
     for name in ("hard", "max_over_generations", "compare_to_none", "marginals"):
-        scores = model.predict(few, name, progress=False)
-        assert list(scores.columns) == list(task.labels) and ((scores >= 0) & (scores <= 1)).all(
-            axis=None
-        )
+        marginals = model.predict(few, name, progress=False)
+        assert list(marginals.columns) == list(task.labels)
+        assert ((marginals >= 0) & (marginals <= 1)).all(axis=None)
     np.testing.assert_allclose(
         again.predict(few, progress=False), model.predict(few, progress=False)
     )

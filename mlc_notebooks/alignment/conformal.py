@@ -8,42 +8,50 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/conformal.html.md"
 __all__ = ['conformal_sets', 'set_metrics']
 
 # %% ../../nbs/alignment/01_conformal.ipynb #fb18f106
+import math
+
 import numpy as np
 import pandas as pd
 
 from ..data.texts import AnnotatedTexts
-from ..metrics.alignment import majority_of_shares, marginals_and_shares
-from ..metrics.statistics import bootstrap_mean
+from ..metrics.alignment import label_sets, marginals_and_shares
+from ..metrics.statistics import bootstrap_means
 
 # %% ../../nbs/alignment/01_conformal.ipynb #c1050672
 def conformal_sets(
-    calibration: pd.DataFrame,
-    calibration_task: AnnotatedTexts,
-    scores: pd.DataFrame,
+    calibration: pd.DataFrame,  # marginals (m, L) of the calibration items
+    calibration_task: AnnotatedTexts,  # with their annotations
+    marginals: pd.DataFrame,  # (n, L) of the items that get sets
     coverage: float = 0.9,
-    threshold: float = 0.5,
+    threshold: float = 0.5,  # of the majority sets
 ) -> pd.DataFrame:
-    """0/1 sets (n, L) that hold the whole gold set with probability `coverage` for exchangeable items (split conformal).
+    """Label sets as 0/1 (n, L) that hold the whole gold set with probability `coverage`.
 
-    Raises `ValueError` where the calibration items are too few for the coverage.
+    This is true for items that are exchangeable with the calibration items. Raises `ValueError`
+    where these are too few for the coverage.
     """
-    p, q, _ = marginals_and_shares(calibration, calibration_task)
-    gold = majority_of_shares(q, calibration_task.labels.is_multi, threshold)
-    nonconformity = 1 - np.where(gold, p, 1).min(1)
-    rank = int(np.ceil((len(p) + 1) * coverage))
+    p, q = marginals_and_shares(calibration, calibration_task)
+    gold = label_sets(q, calibration_task.labels.is_multi, threshold)
+    nonconformity = 1 - np.where(gold, p, 1).min(axis=1)
+
+    rank = math.ceil((len(p) + 1) * coverage)
     if rank > len(p):
+        needed = math.ceil(round(coverage / (1 - coverage), 6))  # 9 and not 10 for .9
         raise ValueError(
-            f"{len(p)} calibration items are too few for {coverage:.0%} coverage: give at least {int(np.ceil(coverage / (1 - coverage)))}"
+            f"{len(p)} calibration items are too few for {coverage:.0%} coverage: "
+            f"give at least {needed}"
         )
-    return (1 - scores <= np.sort(nonconformity)[rank - 1]).astype(np.uint8)
+    limit = np.sort(nonconformity)[rank - 1]
+    return (1 - marginals <= limit).astype(np.uint8)
 
-
+# %% ../../nbs/alignment/01_conformal.ipynb #d701c30e
 def set_metrics(sets: pd.DataFrame, task: AnnotatedTexts, threshold: float = 0.5) -> pd.DataFrame:
-    "How often the sets hold the whole gold set, and how many labels they have: quantity, value, low, high, n."
-    p, q, _ = marginals_and_shares(sets, task)
-    gold = majority_of_shares(q, task.labels.is_multi, threshold)
-    rows = {"coverage": (p >= gold).all(1), "size": p.sum(1)}
-    return pd.DataFrame(
-        [(name, *bootstrap_mean(values), len(values)) for name, values in rows.items()],
-        columns=["quantity", "value", "low", "high", "n"],
-    )
+    """How often the sets hold the whole gold set, and how many labels they have.
+
+    Two rows, coverage and size, with the columns quantity, value, low, high (95 % intervals over
+    items) and n. sets: 0/1 (n, L), indexed by item id.
+    """
+    chosen, q = marginals_and_shares(sets, task)
+    gold = label_sets(q, task.labels.is_multi, threshold)
+    covered = (chosen >= gold).all(axis=1)
+    return bootstrap_means({"coverage": covered, "size": chosen.sum(axis=1)})

@@ -12,6 +12,7 @@ import json
 import random
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -39,15 +40,17 @@ class EmotionMix:
     few_shot: float = 0.12  # share of examples with demonstrations
     max_shots: int = 6
     score_demonstrations: bool = False  # teach the answers of demonstrations too
-    goemotions_multi: float | None = (
-        None  # share of GoEmotions texts with several labels; None: as they come
-    )
-    rare_sets: float | None = (
-        None  # draw BRIGHTER texts in proportion to (texts with the same label set) ** -rare_sets
-    )
+    # share of GoEmotions texts with several labels; None: as they come
+    goemotions_multi: float | None = None
+    # draw BRIGHTER texts in proportion to (texts with the same label set) ** -rare_sets
+    rare_sets: float | None = None
+
+# %% ../../nbs/alignment/20_emotions.ipynb #d9557438
+_Pairs = Sequence[tuple[str, tuple[str, ...]]]  # texts, each with the labels it carries
 
 
 def _instruction_labels(labels: LabelSet, mix: EmotionMix, rng: random.Random) -> LabelSet:
+    "The labels that an instruction lists, in its order."
     names = list(labels)
     if len(names) < 10 and rng.random() < mix.fewer_labels:
         names = sorted(rng.sample(names, rng.randint(2, len(names) - 1)))
@@ -56,65 +59,110 @@ def _instruction_labels(labels: LabelSet, mix: EmotionMix, rng: random.Random) -
     return LabelSet(names)
 
 
-def _shown(pool, labels, mix, rng):
-    "Demonstrations for one example: every other one with several labels where the label set allows it."
+def _demonstrations(
+    pairs: _Pairs, labels: LabelSet, mix: EmotionMix, rng: random.Random
+) -> list[tuple[str, list[str]]]:
+    "Demonstrations of one example: every other one with several labels, where that can be had."
     if rng.random() >= mix.few_shot:
         return []
     shown = []
     for position in range(rng.randint(2, mix.max_shots)):
-        for _ in range(50):
-            text, chosen = rng.choice(pool)
-            chosen = [name for name in labels if name in chosen]
+        for _ in range(50):  # then what was found last is taken
+            text, carried = rng.choice(pairs)
+            chosen = [name for name in labels if name in carried]
             if (len(chosen) > 1) == (position % 2 == 0):
                 break
         shown.append((text, chosen))
     rng.shuffle(shown)
     return shown
 
-
-def _pick(pool, mix, rng):
-    "Positions of the GoEmotions texts to train on."
+# %% ../../nbs/alignment/20_emotions.ipynb #6bba5c12
+def _draw_goemotions(pairs: _Pairs, mix: EmotionMix, rng: random.Random) -> list[int]:
+    "Positions of the GoEmotions texts to train on, each at most once."
     if mix.goemotions_multi is None:
-        return rng.sample(range(len(pool)), min(mix.goemotions_texts, len(pool)))
-    several = [i for i, (_, chosen) in enumerate(pool) if len(chosen) > 1]
-    others = [i for i, (_, chosen) in enumerate(pool) if len(chosen) <= 1]
+        return rng.sample(range(len(pairs)), min(mix.goemotions_texts, len(pairs)))
+    several = []
+    others = []
+    for i, (_, chosen) in enumerate(pairs):
+        group = several if len(chosen) > 1 else others
+        group.append(i)
     multi = min(len(several), round(mix.goemotions_texts * mix.goemotions_multi))
     return rng.sample(several, multi) + rng.sample(others, mix.goemotions_texts - multi)
 
 
-def _pick_rare(pool, mix, rng):
-    "Positions of the BRIGHTER texts to train on; with `rare_sets`, drawn with replacement."
+def _draw_brighter(pairs: _Pairs, mix: EmotionMix, rng: random.Random) -> list[int]:
+    "Positions of the BRIGHTER texts to train on; with `rare_sets`, some more often than others."
     if mix.rare_sets is None:
-        return list(range(len(pool))) * mix.brighter_passes
-    count = Counter(chosen for _, chosen in pool)
-    weights = [count[chosen] ** -mix.rare_sets for _, chosen in pool]
-    return rng.choices(range(len(pool)), weights, k=len(pool) * mix.brighter_passes)
+        return list(range(len(pairs))) * mix.brighter_passes
+    count = Counter(chosen for _, chosen in pairs)
+    weights = [count[chosen] ** -mix.rare_sets for _, chosen in pairs]
+    return rng.choices(range(len(pairs)), weights, k=len(pairs) * mix.brighter_passes)
+
+# %% ../../nbs/alignment/20_emotions.ipynb #c1c387a4
+_SOURCES = ("goemotions", "goemotions-27", "brighter-eng")
 
 
+@dataclass(frozen=True)
+class _Lesson:
+    "What one example says."
+
+    source: str  # the data set
+    text: str
+    chosen: tuple[str, ...]  # the labels of the text; those not listed are not taught
+    labels: LabelSet  # as the instruction lists them
+    label_noun: str
+    shown: list[tuple[str, list[str]]]  # demonstrations
+
+
+def _draw_texts(
+    pairs: dict[str, _Pairs], mix: EmotionMix, rng: random.Random
+) -> list[tuple[str, int]]:
+    "Data set and position of each text to train on."
+    drawn = []
+    for i in _draw_goemotions(pairs["goemotions"], mix, rng):
+        name = "goemotions-27" if rng.random() < mix.all_27 else "goemotions"
+        drawn.append((name, i))
+    for i in _draw_brighter(pairs["brighter-eng"], mix, rng):
+        drawn.append(("brighter-eng", i))
+    return drawn
+
+
+def _lessons(split: str, mix: EmotionMix, seed: int) -> list[_Lesson]:
+    "What the examples from one split say, in random order."
+    rng = random.Random(seed)
+    tasks = {name: without_other_splits(load_task(name, split), split) for name in _SOURCES}
+    pairs = {name: list(zip(task.texts, task.gold_sets())) for name, task in tasks.items()}
+    lessons = []
+    for name, i in _draw_texts(pairs, mix, rng):
+        text, chosen = pairs[name][i]
+        labels = _instruction_labels(tasks[name].labels, mix, rng)
+        shown = _demonstrations(pairs[name], labels, mix, rng)
+        shown = [pair for pair in shown if pair[0] != text]
+        lessons.append(_Lesson(name, text, chosen, labels, tasks[name].label_noun, shown))
+    rng.shuffle(lessons)
+    return lessons
+
+# %% ../../nbs/alignment/20_emotions.ipynb #403d6732
 def emotion_examples(
     lm: LM, split: str = "train", mix: EmotionMix = EmotionMix(), seed: int = 0
 ) -> list[Example]:
-    "Examples from one split of GoEmotions and BRIGHTER English, shuffled, without texts that stand in other splits too."
-    rng = random.Random(seed)
-    coarse, fine, brighter = (
-        without_other_splits(load_task(n, split), split)
-        for n in ("goemotions", "goemotions-27", "brighter-eng")
-    )
-    pools = {id(task): list(zip(task.texts, task.gold_sets())) for task in (coarse, fine, brighter)}
-    drawn = [
-        (fine if rng.random() < mix.all_27 else coarse, i)
-        for i in _pick(pools[id(coarse)], mix, rng)
-    ]
-    drawn += [(brighter, i) for i in _pick_rare(pools[id(brighter)], mix, rng)]
+    """Examples from one split of GoEmotions and BRIGHTER English, in random order.
+
+    Texts that stand in other splits too are left out.
+    """
     examples = []
-    for task, position in drawn:
-        text, chosen = pools[id(task)][position]
-        labels = _instruction_labels(task.labels, mix, rng)
-        shown = [pair for pair in _shown(pools[id(task)], labels, mix, rng) if pair[0] != text]
+    for lesson in _lessons(split, mix, seed):
         examples.append(
-            sft_example(lm, text, chosen, labels, task.label_noun, shown, mix.score_demonstrations)
+            sft_example(
+                lm,
+                lesson.text,
+                lesson.chosen,
+                lesson.labels,
+                lesson.label_noun,
+                lesson.shown,
+                mix.score_demonstrations,
+            )
         )
-    rng.shuffle(examples)
     return examples
 
 # %% ../../nbs/alignment/20_emotions.ipynb #8e06b6b2
@@ -150,29 +198,53 @@ EMOTION_STAGES = (
     ),
 )
 
+# %% ../../nbs/alignment/20_emotions.ipynb #a08ea0ac
+_DEV_MIX = EmotionMix(brighter_passes=1, goemotions_texts=116, few_shot=0, fewer_labels=0)
 
-def train_emotions(
-    runs: str | Path = "runs/emotions", out: str | Path | None = None
-) -> pd.DataFrame:
-    """Train the adapter `smollm2-135m-emotions` on the train splits in the package and put it, its log and settings, into `out`
-    (None: into the package); returns the log. The stages are runs of `fine_tune` in `runs`, and go on where they were stopped."""
-    out, before, logs, records = Path(out or adapter_folder("smollm2-135m-emotions")), None, [], []
-    dev_mix = EmotionMix(brighter_passes=1, goemotions_texts=116, few_shot=0, fewer_labels=0)
-    for stage, (mix, settings) in enumerate(EMOTION_STAGES, 1):
-        lm, folder = load_lm("smollm2-135m"), Path(runs) / f"stage{stage}"
-        train, dev = (
-            emotion_examples(lm, "train", mix, settings.seed),
-            emotion_examples(lm, "dev", dev_mix, seed=0)[:192],
-        )
-        logs.append(fine_tune(lm, train, dev, folder, settings, before).assign(stage=stage))
-        records.append({**json.loads((folder / "settings.json").read_text()), "mix": asdict(mix)})
-        before = folder
+
+def _train_stage(
+    mix: EmotionMix, settings: TuningSettings, folder: Path, start: Path | None
+) -> tuple[pd.DataFrame, dict]:
+    "The log of one stage, and the record of its settings; the adapter is in `folder`."
+    lm = load_lm("smollm2-135m")
+    train = emotion_examples(lm, "train", mix, settings.seed)
+    dev = emotion_examples(lm, "dev", _DEV_MIX, seed=0)[:192]
+    log = fine_tune(lm, train, dev, folder, settings, start)
+    record = json.loads((folder / "settings.json").read_text())
+    return log, {**record, "mix": asdict(mix)}
+
+
+def _copy_adapter(folder: Path, out: Path):
+    "Copy the adapter of a run; its model is called as on the hub."
     out.mkdir(parents=True, exist_ok=True)
-    shutil.copy(before / "adapter_model.safetensors", out)
-    config = json.loads((before / "adapter_config.json").read_text()) | {
-        "base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct"
-    }
-    (out / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    shutil.copy(folder / "adapter_model.safetensors", out)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    content = json.dumps(config, indent=1, sort_keys=True) + "\n"
+    (out / "adapter_config.json").write_text(content)
+
+# %% ../../nbs/alignment/20_emotions.ipynb #7d45c9ea
+def train_emotions(
+    runs: str | Path = "runs/emotions",  # the folder of the stages' runs
+    out: str | Path | None = None,  # None: into the package
+) -> pd.DataFrame:
+    """The log of training the adapter `smollm2-135m-emotions` on the train splits in the package:
+    the columns of `fine_tune`, and stage.
+
+    The adapter, its log and its settings are in `out`. A stage that was stopped goes on.
+    """
+    out = Path(out or adapter_folder("smollm2-135m-emotions"))
+    before = None
+    logs = []
+    records = []
+    for stage, (mix, settings) in enumerate(EMOTION_STAGES, 1):
+        folder = Path(runs) / f"stage{stage}"
+        log, record = _train_stage(mix, settings, folder, before)
+        logs.append(log.assign(stage=stage))
+        records.append(record)
+        before = folder
+
+    _copy_adapter(before, out)
     log = pd.concat(logs)
     log.round(4).to_csv(out / "log.csv", index=False)
     (out / "settings.json").write_text(json.dumps({"stages": records}, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""One question for each pair of labels, and Bradley-Terry strengths
+"""One question per pair of labels, and the Bradley-Terry strengths that explain the answers
 
 Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/pairs.html.md"""
 
@@ -18,160 +18,204 @@ from scipy.sparse.csgraph import connected_components
 from scipy.special import expit, log_expit, softmax
 
 from .calibration import Platt
-from .questions import Answered, ask_questions, with_cost
+from .questions import Answered, ask_questions, two_way, with_cost
 from .registry import zero_shot_method
 from ..data.demonstrations import binary_demonstrations, shots_of
 from ..data.prompts import binary_prompts, check_texts
 from ..data.texts import AnnotatedTexts
 from ..models.lm import LM
 
-# %% ../../nbs/alignment/05_pairs.ipynb #8fc012ba
-def bradley_terry(
-    wins: np.ndarray, ridge: float = 0.01, tolerance: float = 1e-9, most_rounds: int = 100
-) -> np.ndarray:
-    """Strengths (n, K), centred, of wins (n, K, K): wins[i, a, b] is how often a beat b in item i, in shares.
-
-    Raises `ValueError` for negative or missing wins, `ArithmeticError` naming an item that has no finite strengths (ridge 0,
-    and some outcomes always win against the others) or did not converge.
-    """
-    wins = np.asarray(wins, float) * (1 - np.eye(np.shape(wins)[1]))
-    if not (wins >= 0).all():
-        raise ValueError(
-            f"item {int(np.argwhere(~(wins >= 0))[0][0])} has a win that is negative or missing"
-        )
-    if ridge == 0:
-        _check_finite(wins)
-    strengths = np.zeros(wins.shape[:2])
-    for _ in range(most_rounds):
-        gradient, curvature = _bt_derivatives(strengths, wins, ridge)
-        if (np.abs(gradient) < tolerance).all():
-            return strengths
-        step = np.linalg.solve(curvature, gradient[..., None])[..., 0]
-        strengths = _halve_steps(strengths, step, wins, ridge)
-    bad = np.flatnonzero((np.abs(gradient) >= tolerance).any(1))
-    raise ArithmeticError(
-        f"no convergence for {len(bad)} of {len(wins)} items, the first at position {bad[0]}: raise the ridge or most_rounds"
-    )
-
-
-def _check_finite(wins):
-    "Without a ridge strengths are finite only where wins lead from every outcome to every other (Ford 1957)."
-    for position, item in enumerate(wins):
-        if connected_components(item > 0, connection="strong")[0] > 1:
-            raise ArithmeticError(
-                f"no finite strengths for the item at position {position}: some outcomes always win; give a ridge above 0"
-            )
-
-
-def _differences(strengths):
+# %% ../../nbs/alignment/05_pairs.ipynb #678110bc
+def _differences(strengths: np.ndarray) -> np.ndarray:
+    "(n, K, K): the strength of a less that of b, at [:, a, b]."
     return strengths[:, :, None] - strengths[:, None, :]
 
 
-def _bt_loss(strengths, wins, ridge):
-    return -(wins * log_expit(_differences(strengths))).sum((1, 2)) + ridge / 2 * (
-        strengths**2
-    ).sum(1)
+def _loss(strengths: np.ndarray, wins: np.ndarray, ridge: float) -> np.ndarray:
+    "(n,) cross-entropy of the wins and the ridge."
+    cross_entropy = -(wins * log_expit(_differences(strengths))).sum((1, 2))
+    penalty = ridge / 2 * (strengths**2).sum(1)
+    return cross_entropy + penalty
 
 
-def _bt_derivatives(strengths, wins, ridge):
-    "Gradient (n, K) and Hessian (n, K, K); the constant on the shift, along which nothing changes, makes it invertible."
-    beats = expit(_differences(strengths))
-    pull = wins * (1 - beats)
-    gradient = pull.sum(1) - pull.sum(2) + ridge * strengths
-    weight = (wins + wins.transpose(0, 2, 1)) * beats * (1 - beats)
+def _derivatives(
+    strengths: np.ndarray, wins: np.ndarray, ridge: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gradient (n, K) and second derivatives (n, K, K) of the loss.
+
+    The loss without ridge does not change when all strengths are shifted by the same amount. A
+    constant is added in that direction, which makes the matrix invertible and moves nothing.
+    """
     size = wins.shape[1]
-    curvature = -weight + 1 / size
-    curvature[:, range(size), range(size)] += weight.sum(2) + ridge
-    return gradient, curvature
+    p_win = expit(_differences(strengths))
 
+    surprise = wins * (1 - p_win)  # what each win says beyond the strengths
+    gradient = surprise.sum(1) - surprise.sum(2) + ridge * strengths
 
-def _halve_steps(strengths, step, wins, ridge):
-    "A Newton step an item, halved while it would raise that item's loss."
-    before, scale = _bt_loss(strengths, wins, ridge), np.ones(len(strengths))
+    games = wins + wins.transpose(0, 2, 1)
+    weight = games * p_win * (1 - p_win)
+    second = -weight + 1 / size
+    second[:, range(size), range(size)] += weight.sum(2) + ridge
+    return gradient, second
+
+# %% ../../nbs/alignment/05_pairs.ipynb #8fc012ba
+def _newton_step(strengths, step, wins, ridge) -> np.ndarray:
+    "The strengths after a step, which is halved for each item whose loss it would raise."
+    before = _loss(strengths, wins, ridge)
+    allowed = before + 1e-12 * (1 + np.abs(before))  # rounding errors are no rise
+    scale = np.ones(len(strengths))
     for _ in range(30):
         proposed = strengths - scale[:, None] * step
-        worse = _bt_loss(proposed, wins, ridge) > before + 1e-12 * (1 + np.abs(before))
+        worse = _loss(proposed, wins, ridge) > allowed
         if not worse.any():
             break
         scale[worse] /= 2
     return proposed
 
-# %% ../../nbs/alignment/05_pairs.ipynb #2c09d4b3
+
+def _check_wins(wins: np.ndarray, ridge: float):
+    "Raise an error for wins that have no meaning, or no finite strengths."
+    valid = wins >= 0  # False for NaN too
+    if not valid.all():
+        position = int(np.argwhere(~valid)[0][0])
+        raise ValueError(f"item {position} has a win that is negative or missing")
+    if ridge > 0:
+        return
+    for position, item in enumerate(wins):
+        parts, _ = connected_components(item > 0, connection="strong")
+        if parts > 1:
+            raise ArithmeticError(
+                f"no finite strengths for the item at position {position}: "
+                "some outcomes always win; give a ridge above 0"
+            )
+
+# %% ../../nbs/alignment/05_pairs.ipynb #740ebfa8
+def bradley_terry(
+    wins: np.ndarray,  # (n, K, K): how often a beat b in item i, in shares, at [i, a, b]
+    ridge: float = 0.01,
+    tolerance: float = 1e-9,  # of the gradient
+    most_rounds: int = 100,
+) -> np.ndarray:
+    """Bradley-Terry strengths (n, K), centred in each row, by Newton's method.
+
+    Raises `ValueError` for negative or missing wins, and `ArithmeticError` naming an item that has
+    no finite strengths (ridge 0, and some outcomes always win) or did not converge.
+    """
+    nobody_beats_itself = 1 - np.eye(np.shape(wins)[1])
+    wins = np.asarray(wins, float) * nobody_beats_itself
+    _check_wins(wins, ridge)
+
+    strengths = np.zeros(wins.shape[:2])
+    for _ in range(most_rounds):
+        gradient, second = _derivatives(strengths, wins, ridge)
+        done = (np.abs(gradient) < tolerance).all(1)
+        if done.all():
+            return strengths
+        step = np.linalg.solve(second, gradient[..., None])[..., 0]
+        strengths = _newton_step(strengths, step, wins, ridge)
+
+    bad = np.flatnonzero(~done)
+    raise ArithmeticError(
+        f"no convergence for {len(bad)} of {len(wins)} items, the first at position {bad[0]}: "
+        "raise the ridge or most_rounds"
+    )
+
+# %% ../../nbs/alignment/05_pairs.ipynb #e193cc5a
+def _wins(first_wins: np.ndarray, pairs, size: int, soft: bool) -> np.ndarray:
+    "(n, K, K) wins of each outcome over each other, averaged over the orders asked."
+    if not soft:
+        first_wins = (first_wins >= 0.5).astype(float)
+
+    wins = np.zeros((len(first_wins), size, size))
+    times = np.zeros((size, size))
+    for (first, second), share in zip(pairs, first_wins.T):
+        wins[:, first, second] += share
+        wins[:, second, first] += 1 - share
+        times[[first, second], [second, first]] += 1
+    return wins / np.maximum(times, 1)
+
+
 @dataclass
 class PairAnswers:
-    "What a model answered to `which fits better?`, asked of pairs of outcomes."
+    "What a model answered when it was asked of pairs of outcomes which one fits better."
 
     first_wins: np.ndarray  # (n, pairs) probability of the one named first
     pairs: list[tuple[int, int]]  # positions of the outcomes, in the order named
     outcomes: tuple[str, ...]
-    ids: tuple
+    ids: tuple[str, ...]
     asked: Answered
 
     def strengths(
         self, both_orders: bool = True, soft: bool = True, ridge: float = 0.01
     ) -> pd.DataFrame:
-        """Bradley-Terry strengths (n, outcomes), centred in each row; from the first order only, if not `both_orders`.
+        """Bradley-Terry strengths (n, outcomes), centred in each row.
 
-        soft: probabilities as shares of a win; False: each answer counts as a whole win.
+        both_orders: False uses only the answers to the order of the label set. soft: probabilities
+        are shares of a win; False: each answer counts as a whole win.
         """
-        kept = [i for i, (a, b) in enumerate(self.pairs) if both_orders or a < b]
-        wins = _wins(
-            self.first_wins[:, kept], [self.pairs[i] for i in kept], len(self.outcomes), soft
-        )
+        in_order = [first < second for first, second in self.pairs]
+        kept = [i for i, first_order in enumerate(in_order) if both_orders or first_order]
+        pairs = [self.pairs[i] for i in kept]
+        wins = _wins(self.first_wins[:, kept], pairs, len(self.outcomes), soft)
         return with_cost(bradley_terry(wins, ridge), self.ids, self.asked, self.outcomes)
 
-
+# %% ../../nbs/alignment/05_pairs.ipynb #2c09d4b3
 def ask_pairs(
     lm: LM,
     task: AnnotatedTexts,
     shots: int = 10,
     seed: int = 0,
-    both_orders: bool = True,
+    both_orders: bool = True,  # False: only the outcome listed earlier as `a`
     progress: bool = True,
     no_cache: bool = False,
     folder: str | Path | None = None,
 ) -> PairAnswers:
-    "Ask which of two outcomes fits better, of all pairs of labels and `none`; both ways round, or the earlier one first."
+    """Answers to which of two outcomes fits better, for all pairs of labels and `none`.
+
+    Raises what `ask_questions` raises, and `ValueError` for a text that is empty.
+    """
     check_texts(task.ids, task.texts)
-    shown, outcomes = shots_of(task, shots, seed, binary_demonstrations), task.labels.outcomes
+    shown = shots_of(task, shots, seed, binary_demonstrations)
+    outcomes = tuple(task.labels.outcomes)
+
     pairs = list(combinations(range(len(outcomes)), 2))
-    pairs = pairs + [(b, a) for a, b in pairs] if both_orders else pairs
-    prompts = [
-        binary_prompts(text, [(outcomes[a], outcomes[b]) for a, b in pairs], shown, task.label_noun)
-        for text in task.texts
-    ]
+    if both_orders:
+        pairs += [(second, first) for first, second in pairs]
+    named = [(outcomes[first], outcomes[second]) for first, second in pairs]
+
+    prompts = [binary_prompts(text, named, shown, task.label_noun) for text in task.texts]
     asked = ask_questions(lm, prompts, ("a", "b"), progress, "binary breakdown", no_cache, folder)
-    first_wins = np.stack([softmax(rows.astype(float), axis=1)[:, 0] for rows in asked.logprobs])
-    return PairAnswers(first_wins, pairs, tuple(outcomes), tuple(task.ids), asked)
+    first_wins = np.stack([two_way(logprobs) for logprobs in asked.logprobs])
+    return PairAnswers(first_wins, pairs, outcomes, tuple(task.ids), asked)
 
-
+# %% ../../nbs/alignment/05_pairs.ipynb #062a5240
 @zero_shot_method("model")
 def binary_breakdown(
     lm: LM,
     task: AnnotatedTexts,
     shots: int = 10,
     seed: int = 0,
-    platt: Platt | None = None,
+    platt: Platt | None = None,  # fitted on the differences of strengths
     both_orders: bool = False,
-    soft: bool = True,
+    soft: bool = True,  # as in `PairAnswers.strengths`
     ridge: float = 0.01,
-    answers: PairAnswers | None = None,
-    **asking,
+    answers: PairAnswers | None = None,  # of `ask_pairs`, instead of asking again
+    **asking,  # of `ask_pairs`
 ) -> pd.DataFrame:
-    """sigmoid of a label's Bradley-Terry strength less that of none, asked pair by pair.
+    "sigmoid of a label's Bradley-Terry strength less that of none, asked pair by pair."
+    if answers is None:
+        answers = ask_pairs(lm, task, shots, seed, both_orders, **asking)
+    strengths = answers.strengths(both_orders, soft, ridge)
 
-    With a `Platt` fitted on these differences, its sigmoid; the softmax of the strengths on single-label tasks. `answers`
-    of `ask_pairs` are used instead of asking again; `soft` and `ridge` are those of `PairAnswers.strengths`.
-    """
-    answers = answers or ask_pairs(lm, task, shots, seed, both_orders, **asking)
-    strengths, labels = answers.strengths(both_orders, soft, ridge), list(task.labels)
+    labels = list(task.labels)
     if not task.labels.is_multi:
-        scores = pd.DataFrame(softmax(strengths.to_numpy(), axis=1), strengths.index, labels)
+        shares = softmax(strengths.to_numpy(), axis=1)
+        marginals = pd.DataFrame(shares, strengths.index, labels)
     else:
-        odds = strengths[labels].sub(strengths[task.labels.none], axis=0)
-        scores = platt(odds) if platt is not None else expit(odds)
-    scores.attrs |= strengths.attrs
-    return scores
+        log_odds = strengths[labels].sub(strengths[task.labels.none], axis=0)
+        marginals = expit(log_odds) if platt is None else platt(log_odds)
+    marginals.attrs |= strengths.attrs
+    return marginals
 
 
 @zero_shot_method("model")
@@ -180,14 +224,3 @@ def binary_breakdown_both_orders(
 ) -> pd.DataFrame:
     "The same with each pair asked in both orders and averaged, to cancel a preference for a place."
     return binary_breakdown(lm, task, shots, seed, both_orders=True, **options)
-
-
-def _wins(first_wins, pairs, size, soft) -> np.ndarray:
-    "(n, K, K) wins of each outcome over each other, averaged over the orders asked."
-    wins, times = np.zeros((len(first_wins), size, size)), np.zeros((size, size))
-    for column, (a, b) in enumerate(pairs):
-        share = first_wins[:, column] if soft else (first_wins[:, column] >= 0.5).astype(float)
-        wins[:, a, b] += share
-        wins[:, b, a] += 1 - share
-        times[[a, b], [b, a]] += 1
-    return wins / np.maximum(times, 1)

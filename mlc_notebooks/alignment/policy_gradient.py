@@ -19,120 +19,150 @@ from ..engine.cache import cache_name
 
 # %% ../../nbs/alignment/16_policy_gradient.ipynb #83209232
 def set_reward(answer: str, gold: Sequence[str], labels: LabelSet) -> float:
-    """Jaccard index of the labels written in `answer` and the gold labels, in [0, 1]; 1 if both are empty, 0 if the list is broken
-    or cut off. A label written twice counts once, an invented one counts as wrong."""
+    """The Jaccard index of the labels written in `answer` and the gold labels, from 0 to 1.
+
+    It is 1 if both are empty, and 0 if the list is broken or cut off. A label written twice counts
+    once; an invented one counts as a wrong label.
+    """
     parsed = parse_answer(answer, labels)
     if parsed.flags & {"invalid", "truncated"}:
         return 0.0
-    written, gold = (
-        {entry.outcome or entry.text for entry in parsed.entries} - {labels.none},
-        set(gold),
-    )
-    return len(written & gold) / len(written | gold) if written | gold else 1.0
+    written = {entry.outcome or entry.text for entry in parsed.entries}
+    written.discard(labels.none)
+    named = written.union(gold)
+    if not named:
+        return 1.0
+    shared = written.intersection(gold)
+    return len(shared) / len(named)
 
 # %% ../../nbs/alignment/16_policy_gradient.ipynb #da0c875f
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
-    "rewards (texts, answers to each) less the mean of each text."
+    "The rewards (texts, answers to each) less the mean reward of each text; the same shape."
     return rewards - rewards.mean(dim=1, keepdim=True)
 
-
+# %% ../../nbs/alignment/16_policy_gradient.ipynb #cc4bacb0
 def policy_loss(
-    logprobs: torch.Tensor,
-    reference: torch.Tensor,
-    written: torch.Tensor,
-    advantages: torch.Tensor,
-    beta: float,
+    logprobs: torch.Tensor,  # (answers, tokens), of the tokens written, under the policy
+    reference: torch.Tensor,  # the same under the starting model
+    written: torch.Tensor,  # (answers, tokens): 1 where there is a token, 0 after an answer's end
+    advantages: torch.Tensor,  # (answers,)
+    beta: float,  # reward that a nat of KL divergence costs
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss, and the KL divergence from the starting model: both the mean over answers of a sum over tokens, KL in nats.
+    """The loss, and the KL divergence from the starting model in nats; each is the mean over
+    answers of the sum over tokens.
 
-    logprobs, reference: (answers, tokens), of the tokens written, under the policy and the starting model; written: (answers,
-    tokens), 1 where there is a token; advantages: (answers,). The answers were drawn from the policy as it is, so the importance
-    ratio is 1 and has the gradient of log p. KL a token by the estimator k3: r - 1 - log r, r = reference / policy (Schulman 2020).
+    The answers must be drawn from the policy as it is. The KL divergence of a token is estimated
+    by k3: r - 1 - log r, where r = reference / policy (Schulman 2020).
     """
     ratio = (logprobs - logprobs.detach()).exp()  # 1, with the gradient of logprobs
     log_r = reference - logprobs
     kl = log_r.exp() - 1 - log_r
+    losses = -advantages[:, None] * ratio + beta * kl
 
-    def per_answer(values):
-        return (values * written).sum(1).mean()
-
-    return per_answer(-advantages[:, None] * ratio + beta * kl), per_answer(kl).detach()
+    loss = (losses * written).sum(1).mean()
+    mean_kl = (kl * written).sum(1).mean()
+    return loss, mean_kl.detach()
 
 # %% ../../nbs/alignment/16_policy_gradient.ipynb #29b48f75
-def _read_prompts(model, prompts, group):
-    "Logits after each prompt (answers, 1, vocabulary), the cache, and the mask of tokens seen, each once per answer."
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=model.device)
-    seen = torch.tensor(
-        [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device
-    )
-    places = (seen.cumsum(1) - 1).clamp(min=0)
+def _filled_left(rows: Sequence[Sequence[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+    "Token ids (rows, tokens), short rows filled up at their beginning, and the mask: 1 for tokens."
+    width = max(map(len, rows))
+    ids = [[0] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _filled_right(rows: Sequence[Sequence[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+    "The same, filled up at the end."
+    width = max(map(len, rows))
+    ids = [list(row) + [0] * (width - len(row)) for row in rows]
+    mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+# %% ../../nbs/alignment/16_policy_gradient.ipynb #85360c4f
+def _read_prompts(
+    model: torch.nn.Module, prompts: Sequence[Sequence[int]], group: int
+) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
+    """Logits after each prompt (answers, 1, vocabulary), the cache, and the mask of the tokens in
+    it; prompts are read once and repeated for the `group` answers to each."""
+    ids, seen = _filled_left(prompts, model.device)
+    positions = (seen.cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache()
     read = model(
         input_ids=ids,
         attention_mask=seen,
-        position_ids=places,
+        position_ids=positions,
         use_cache=True,
         logits_to_keep=1,
         **{cache_name(model): cache},
     )
     cache.batch_repeat_interleave(group)
-    return read.logits.repeat_interleave(group, 0), cache, seen.repeat_interleave(group, 0)
+    logits = read.logits.repeat_interleave(group, 0)
+    return logits, cache, seen.repeat_interleave(group, 0)
 
 
+def _read_on(
+    model: torch.nn.Module, ids: torch.Tensor, seen: torch.Tensor, cache: DynamicCache
+) -> torch.Tensor:
+    """Logits after each of the next tokens, `ids` (answers, tokens), that follow on what the cache
+    holds; `seen` is the mask of all tokens, the next ones included."""
+    count = ids.shape[1]
+    before = seen[:, : seen.shape[1] - count].sum(1, keepdim=True)
+    positions = before + torch.arange(count, device=ids.device)
+    return model(
+        input_ids=ids,
+        attention_mask=seen,
+        position_ids=positions,
+        **{cache_name(model): cache},
+    ).logits
+
+# %% ../../nbs/alignment/16_policy_gradient.ipynb #1e6fd424
 @torch.no_grad()
 def sample_answers(
     model: torch.nn.Module,
-    prompts: Sequence[Sequence[int]],
-    group: int,
-    limit: int,
-    is_over: Callable,
+    prompts: Sequence[Sequence[int]],  # token ids
+    group: int,  # answers to each prompt
+    limit: int,  # tokens an answer may have
+    is_over: Callable[[list[int]], bool],  # has an answer with these tokens ended?
     generator: torch.Generator,
 ) -> list[list[int]]:
-    """`group` answers to each prompt, drawn token by token from the model's whole distribution: token ids, all answers to the
-    first prompt, then to the second, ... An answer ends where `is_over(ids)`, or after `limit` tokens."""
+    """Token ids of answers, drawn token by token from the model's whole distribution; all answers
+    to the first prompt, then those to the second, and so on."""
     logits, cache, seen = _read_prompts(model, prompts, group)
-    answers, going = [[] for _ in seen], set(range(len(seen)))
+    answers = [[] for _ in seen]
+    unfinished = set(range(len(answers)))
     for _ in range(limit):
-        drawn = torch.multinomial(logits[:, -1].float().softmax(-1), 1, generator=generator)
-        for row in sorted(going):
+        probs = logits[:, -1].float().softmax(-1)
+        drawn = torch.multinomial(probs, 1, generator=generator)
+        for row in sorted(unfinished):
             answers[row].append(int(drawn[row]))
-        going = {row for row in going if not is_over(answers[row])}
-        if not going:
+            if is_over(answers[row]):
+                unfinished.remove(row)
+        if not unfinished:
             break
+
         seen = torch.cat([seen, torch.ones_like(drawn)], 1)
-        places = seen.sum(1, keepdim=True) - 1
-        logits = model(
-            input_ids=drawn, attention_mask=seen, position_ids=places, **{cache_name(model): cache}
-        ).logits
+        logits = _read_on(model, drawn, seen, cache)
     return answers
 
-
+# %% ../../nbs/alignment/16_policy_gradient.ipynb #963c2f3f
 def answer_logprobs(
     model: torch.nn.Module, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of the answers' tokens (answers, tokens), 0 after an answer's end, and the mask of what was written.
+    """Log-probabilities (answers, tokens) of the answers' tokens, 0 after an answer's end, and the
+    mask of what was written.
 
-    Answers stand in the order of `sample_answers`, equally many to each prompt.
+    The answers stand in the order of `sample_answers`, equally many to each prompt.
     """
-    first, cache, seen = _read_prompts(model, prompts, len(answers) // len(prompts))
-    width = max(map(len, answers))
-    ids = torch.tensor([list(a) + [0] * (width - len(a)) for a in answers], device=model.device)
-    written = torch.tensor(
-        [[1] * len(a) + [0] * (width - len(a)) for a in answers], device=model.device
-    )
-    logits = first
-    if width > 1:
-        places = seen.sum(1, keepdim=True) + torch.arange(width - 1, device=model.device)
+    logits, cache, seen = _read_prompts(model, prompts, len(answers) // len(prompts))
+    ids, written = _filled_right(answers, model.device)
+    if ids.shape[1] > 1:
         seen = torch.cat([seen, written[:, :-1]], 1)
-        later = model(
-            input_ids=ids[:, :-1],
-            attention_mask=seen,
-            position_ids=places,
-            **{cache_name(model): cache},
-        )
-        logits = torch.cat([first, later.logits], 1)
+        later = _read_on(model, ids[:, :-1], seen, cache)
+        logits = torch.cat([logits, later], 1)
+
     losses = torch.nn.functional.cross_entropy(
         logits.float().flatten(0, 1), ids.flatten(), reduction="none"
     )
-    return -losses.view(ids.shape) * written, written
+    logprobs = -losses.view(ids.shape) * written
+    return logprobs, written

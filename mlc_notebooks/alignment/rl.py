@@ -10,18 +10,18 @@ __all__ = ['CHECKPOINT_EVERY', 'Policy', 'fit_rl']
 # %% ../../nbs/alignment/17_rl.ipynb #dac38443
 import copy
 import json
-import os
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from safetensors.numpy import save_file
-from tqdm import tqdm
+from safetensors.torch import save
+from tqdm.auto import tqdm
 
 from mlc_notebooks.alignment.policy_gradient import (
     answer_logprobs,
@@ -31,181 +31,248 @@ from mlc_notebooks.alignment.policy_gradient import (
     set_reward,
 )
 from .sft import save_tuned
-from .training import LINEAR_LAYERS, claim_run, keep_freed_memory
+from .training import add_adapter, check_finite, claim_run
 from ..data.answers import FORMATS, list_is_over, parse_answer
+from ..data.labels import LabelSet
 from ..data.prompts import check_texts, list_prompts
 from ..data.texts import AnnotatedTexts, training_data
+from ..engine.memory import process_policy
+from ..engine.parts import write_whole
 from ..models.lm import LM, load_lm
 
 # %% ../../nbs/alignment/17_rl.ipynb #715b42a0
+@dataclass(frozen=True)
+class _Settings:
+    "The arguments of `fit_rl` that are numbers. Raises `ValueError` for one that is too small."
+
+    steps: int
+    texts: int
+    group: int
+    learning_rate: float
+    beta: float
+    r: int
+    alpha: int
+    seed: int
+
+    def __post_init__(self):
+        if not self.group >= 2:
+            raise ValueError(
+                f"group is {self.group}, it must be at least 2, since an answer is compared "
+                "with others to the same text"
+            )
+        for name, least in {"steps": 1, "texts": 1, "beta": 0, "r": 1}.items():
+            value = getattr(self, name)
+            if not value >= least:
+                raise ValueError(f"{name} is {value}, it must be at least {least}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}, it must be above 0")
+
+# %% ../../nbs/alignment/17_rl.ipynb #ebeac25c
+def _draw_texts(n: int, settings: _Settings) -> np.ndarray:
+    "Positions among n texts for each step: shape (steps, texts)."
+    rng = np.random.default_rng(settings.seed)
+    needed = settings.steps * settings.texts
+    rounds = math.ceil(needed / n)
+    order = np.concatenate([rng.permutation(n) for _ in range(rounds)])
+    return order[:needed].reshape(settings.steps, settings.texts)
+
+
+def _longest_answer(lm: LM, labels: LabelSet) -> int:
+    "Tokens that an answer may have: the list of all labels and two more."
+    everything = FORMATS["json"].render(labels.names, labels)
+    return len(lm.encode_text("\n" + everything)) + 2
+
+
+def _encoded_prompts(lm: LM, task: AnnotatedTexts, positions: Sequence[int]) -> dict:
+    "Token ids of the prompt about the text at each position; raises `ValueError` for a long one."
+    texts = [task.texts[i] for i in positions]
+    prompts = list_prompts(texts, task.labels, (), task.label_noun)
+    limit = _longest_answer(lm, task.labels)
+    encoded = {}
+    for i, prompt in zip(positions, prompts):
+        encoded[i] = lm.encode_prompt(prompt)
+        if len(encoded[i]) + limit > lm.context_length:
+            raise ValueError(
+                f"{task.name}: item {task.ids[i]!r} has {len(encoded[i])} tokens, an answer may "
+                f"take {limit}, and {lm.name} reads {lm.context_length}: shorten or drop it"
+            )
+    return encoded
+
+# %% ../../nbs/alignment/17_rl.ipynb #dacc6551
+@dataclass(frozen=True)
+class _Batch:
+    "The texts of one step."
+
+    prompts: list[list[int]]  # token ids of the 0-shot prompts
+    gold: list[tuple[str, ...]]  # the majority set of each text
+
+
+def _batches(lm: LM, task: AnnotatedTexts, settings: _Settings) -> list[_Batch]:
+    "One batch per step."
+    order = _draw_texts(len(task), settings)
+    prompts = _encoded_prompts(lm, task, np.unique(order))
+    gold = task.gold_sets()
+    batches = []
+    for chosen in order:
+        batches.append(_Batch([prompts[i] for i in chosen], [gold[i] for i in chosen]))
+    return batches
+
+# %% ../../nbs/alignment/17_rl.ipynb #60c24c3d
+def _rewards(
+    answers: Sequence[str], gold: Sequence[Sequence[str]], labels: LabelSet
+) -> torch.Tensor:
+    "Rewards (texts, group) of the answers, equally many to each text."
+    group = len(answers) // len(gold)
+    rewards = [set_reward(text, gold[row // group], labels) for row, text in enumerate(answers)]
+    return torch.tensor(rewards).view(-1, group)
+
+
+def _log_row(answers: Sequence[str], rewards: torch.Tensor, labels: LabelSet) -> dict:
+    "What the log says of the answers."
+    parsed = [parse_answer(text, labels) for text in answers]
+    named = [len(set(answer.outcomes) - {labels.none}) for answer in parsed]
+    flagged = [bool(answer.flags) for answer in parsed]
+    differs = rewards.amax(1) > rewards.amin(1)
+    return {
+        "reward": float(rewards.mean()),
+        "learned_from": float(differs.float().mean()),
+        "labels": float(np.mean(named)),
+        "flagged": float(np.mean(flagged)),
+    }
+
+# %% ../../nbs/alignment/17_rl.ipynb #94b1e58e
+def _with_adapter(lm: LM, settings: _Settings) -> torch.nn.Module:
+    "A bfloat16 copy of the model with an adapter that changes nothing yet; `lm` stays as it is."
+    model = copy.deepcopy(lm.model).to(torch.bfloat16).eval()
+    model.set_attn_implementation("eager")  # faster than sdpa for short rows on a CPU
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        return add_adapter(model, settings.r, settings.alpha)
+
+
+def _generator(device: torch.device, seed: int, step: int) -> torch.Generator:
+    "The random numbers of one step."
+    [state] = np.random.SeedSequence([seed, step]).generate_state(1)
+    return torch.Generator(device).manual_seed(int(state))
+
+# %% ../../nbs/alignment/17_rl.ipynb #94d74833
+def _one_step(
+    lm: LM,
+    tuned: torch.nn.Module,  # with the adapter
+    labels: LabelSet,
+    batch: _Batch,
+    settings: _Settings,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, dict]:
+    "The loss of one step, and its row of the log: answers are drawn, rewarded and read again."
+
+    def is_over(ids):
+        return ids[-1] in lm.end_ids or list_is_over(lm.decode(ids), labels, FORMATS["json"])
+
+    model = tuned.get_base_model()
+    prompts = batch.prompts
+    limit = _longest_answer(lm, labels)
+    with torch.autocast(model.device.type, torch.bfloat16):
+        answers = sample_answers(model, prompts, settings.group, limit, is_over, generator)
+        with torch.no_grad(), tuned.disable_adapter():
+            reference, _ = answer_logprobs(model, prompts, answers)
+        logprobs, written = answer_logprobs(model, prompts, answers)
+
+    texts = [lm.decode(ids) for ids in answers]
+    rewards = _rewards(texts, batch.gold, labels)
+    advantages = group_advantages(rewards).flatten().to(logprobs)
+    loss, kl = policy_loss(logprobs, reference, written, advantages, settings.beta)
+    entropy = -float(logprobs.detach().sum(1).mean())
+    row = {**_log_row(texts, rewards, labels), "kl": float(kl), "entropy": entropy}
+    return loss, row
+
+# %% ../../nbs/alignment/17_rl.ipynb #5dfeaaa9
+def _update(loss: torch.Tensor, weights: list, optimizer: torch.optim.Optimizer):
+    "Change the weights by one step of the optimiser; the gradient is clipped at norm 1."
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 CHECKPOINT_EVERY = 5  # steps
 
 
+def _save_state(path: Path, weights: list, optimizer: torch.optim.Optimizer, log: list[dict]):
+    "Write a checkpoint: the weights by number, AdamW's moments of each, and the log."
+    tensors = {f"weight.{i}": weight.detach() for i, weight in enumerate(weights)}
+    for i, moments in optimizer.state_dict()["state"].items():
+        for name, value in moments.items():
+            tensors[f"{name}.{i}"] = value
+    write_whole(path, save(tensors, metadata={"log": json.dumps(log)}))
+
+
+def _load_state(path: Path, weights: list, optimizer: torch.optim.Optimizer) -> list[dict]:
+    "The log of a checkpoint; its weights and moments are put back."
+    moments = {}
+    with safe_open(path, "pt") as file, torch.no_grad():
+        for i, weight in enumerate(weights):
+            weight.copy_(file.get_tensor(f"weight.{i}"))
+            names = ("step", "exp_avg", "exp_avg_sq")
+            moments[i] = {name: file.get_tensor(f"{name}.{i}") for name in names}
+        log = json.loads(file.metadata()["log"])
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    return log
+
+# %% ../../nbs/alignment/17_rl.ipynb #a09b3f27
+def _tune(
+    lm: LM,
+    labels: LabelSet,
+    batches: list[_Batch],
+    settings: _Settings,
+    checkpoint: Path,
+    progress: bool,
+) -> tuple[torch.nn.Module, pd.DataFrame]:
+    "The model with its adapter after all steps, and the log; from the checkpoint if there is one."
+    tuned = _with_adapter(lm, settings)
+    weights = [p for p in tuned.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0)
+    log = []
+    if checkpoint.exists():
+        log = _load_state(checkpoint, weights, optimizer)
+
+    done = len(log)
+    bar = tqdm(total=len(batches), initial=done, desc="tuning", unit="step", disable=not progress)
+    with bar:
+        for step in range(done, len(batches)):
+            generator = _generator(lm.device, settings.seed, step)
+            loss, row = _one_step(lm, tuned, labels, batches[step], settings, generator)
+            check_finite(loss, step + 1)
+            _update(loss, weights, optimizer)
+            log.append({"step": step + 1, **row})
+            if (step + 1) % CHECKPOINT_EVERY == 0:
+                _save_state(checkpoint, weights, optimizer, log)
+            bar.update()
+    return tuned, pd.DataFrame(log)
+
+# %% ../../nbs/alignment/17_rl.ipynb #f5d85171
 @dataclass
 class Policy:
     "A language model tuned on the set reward, and how its training went; made by `fit_rl`."
 
     lm: LM  # as `load_lm` gives it for the run's folder
-    log: pd.DataFrame
+    log: pd.DataFrame  # a row per step
 
 
-def _generator(device, seed: int, step: int) -> torch.Generator:
-    "Random numbers of one step."
-    return torch.Generator(device).manual_seed(
-        int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
-    )
-
-
-def _longest_answer(lm, labels) -> int:
-    "Tokens an answer may have: the list of all labels and two more."
-    return len(lm.encode_text("\n" + FORMATS["json"].render(labels.names, labels))) + 2
-
-
-def _batches(lm, task, steps, texts, seed) -> list[list[tuple]]:
-    "For each step its texts as pairs: ids of the 0-shot prompt, gold labels. All texts in random order, then again in another."
-    rng, n = np.random.default_rng(seed), len(task)
-    order = np.concatenate([rng.permutation(n) for _ in range(-(-steps * texts // n))])[
-        : steps * texts
-    ].reshape(steps, texts)
-    drawn, gold = np.unique(order), task.gold_sets()
-    prompts = list_prompts([task.texts[i] for i in drawn], task.labels, (), task.label_noun)
-    ids = {i: lm.encode_prompt(prompt) for i, prompt in zip(drawn, prompts)}
-    for i in drawn:
-        if len(ids[i]) + (limit := _longest_answer(lm, task.labels)) > lm.context_length:
-            raise ValueError(
-                f"{task.name}: item {task.ids[i]!r} has {len(ids[i])} tokens, an answer may take {limit}, and {lm.name} reads "
-                f"{lm.context_length}: shorten or drop it"
-            )
-    return [[(ids[i], gold[i]) for i in chosen] for chosen in order]
-
-
-def _with_adapter(lm, r, alpha, seed):
-    "A bfloat16 copy of the model with a LoRA adapter that changes nothing yet; `lm` stays as it is."
-
-    model = copy.deepcopy(lm.model).to(torch.bfloat16).eval()
-    model.set_attn_implementation("eager")  # faster than sdpa for short rows on a CPU
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return get_peft_model(
-            model,
-            LoraConfig(r=r, lora_alpha=alpha, target_modules=LINEAR_LAYERS, task_type="CAUSAL_LM"),
-        )
-
-
-def _save_state(path: Path, weights, optimizer, log):
-    "Weights, AdamW's moments and the log in one safetensors file, which replaces the one before in one move."
-    tensors = {f"weight.{i}": weight.detach() for i, weight in enumerate(weights)}
-    tensors |= {
-        f"{name}.{i}": value
-        for i, moments in optimizer.state_dict()["state"].items()
-        for name, value in moments.items()
-    }
-    save_file(tensors, path.with_suffix(".new"), metadata={"log": json.dumps(log)})
-    os.replace(path.with_suffix(".new"), path)
-
-
-def _load_state(path: Path, weights, optimizer) -> list[dict]:
-    "Put back what `_save_state` wrote; returns the log."
-    with safe_open(path, "pt") as file, torch.no_grad():
-        for i, weight in enumerate(weights):
-            weight.copy_(file.get_tensor(f"weight.{i}"))
-        moments = {
-            i: {name: file.get_tensor(f"{name}.{i}") for name in ("step", "exp_avg", "exp_avg_sq")}
-            for i in range(len(weights))
-        }
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-        return json.loads(file.metadata()["log"])
-
-# %% ../../nbs/alignment/17_rl.ipynb #60c24c3d
-def _judge(texts, gold, labels) -> tuple[torch.Tensor, dict]:
-    "Rewards (texts, group) of the answers, and what the log says of them."
-    group = len(texts) // len(gold)
-    rewards = torch.tensor(
-        [set_reward(text, gold[row // group], labels) for row, text in enumerate(texts)]
-    ).view(-1, group)
-    parsed = [parse_answer(text, labels) for text in texts]
-    named = [len(set(answer.outcomes) - {labels.none}) for answer in parsed]
-    return rewards, {
-        "reward": float(rewards.mean()),
-        "learned_from": float((rewards.amax(1) > rewards.amin(1)).float().mean()),
-        "labels": float(np.mean(named)),
-        "flagged": float(np.mean([bool(answer.flags) for answer in parsed])),
+def _identity(lm: LM, task: AnnotatedTexts, settings: _Settings) -> dict:
+    "What decides the result of a run."
+    shown = (task.texts, task.gold_sets(), task.labels.outcomes, task.label_noun)
+    return {
+        **asdict(settings),
+        "model": lm.name,
+        "weights": lm.fingerprint["weights"],
+        "task": task.name,
+        "sha256": sha256(repr(shown).encode()).hexdigest()[:16],
     }
 
-
-def _one_step(lm, tuned, labels, batch, group, beta, generator) -> tuple[torch.Tensor, dict]:
-    "Draw answers, reward them: the loss of one step, and its row of the log."
-
-    def is_over(ids):
-        return ids[-1] in lm.end_ids or list_is_over(lm.decode(ids), labels, FORMATS["json"])
-
-    model, (prompts, gold) = tuned.get_base_model(), zip(*batch)
-    with torch.autocast(model.device.type, torch.bfloat16):
-        answers = sample_answers(
-            model, prompts, group, _longest_answer(lm, labels), is_over, generator
-        )
-        with torch.no_grad(), tuned.disable_adapter():
-            reference, _ = answer_logprobs(model, prompts, answers)
-        logprobs, written = answer_logprobs(model, prompts, answers)
-    rewards, row = _judge([lm.decode(ids) for ids in answers], gold, labels)
-    advantages = group_advantages(rewards).flatten().to(logprobs)
-    loss, kl = policy_loss(logprobs, reference, written, advantages, beta)
-    return loss, {**row, "kl": float(kl), "entropy": -float(logprobs.detach().sum(1).mean())}
-
-
-def _tune(lm, labels, batches, checkpoint, group, learning_rate, beta, r, alpha, seed, progress):
-    "The model with its adapter after all steps, and the log; from the last checkpoint if there is one."
-    tuned = _with_adapter(lm, r, alpha, seed)
-    weights = [p for p in tuned.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0)
-    log = _load_state(checkpoint, weights, optimizer) if checkpoint.exists() else []
-    for step in tqdm(
-        range(len(log), len(batches)),
-        "tuning",
-        len(batches),
-        initial=len(log),
-        unit="step",
-        disable=not progress,
-    ):
-        loss, row = _one_step(
-            lm, tuned, labels, batches[step], group, beta, _generator(lm.device, seed, step)
-        )
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss became {float(loss)} at step {step + 1}: lower the learning rate"
-            )
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        log.append({"step": step + 1, **row})
-        if (step + 1) % CHECKPOINT_EVERY == 0:
-            _save_state(checkpoint, weights, optimizer, log)
-    return tuned, pd.DataFrame(log)
-
-
-def _check_numbers(steps, texts, group, learning_rate, beta, r):
-    least = {
-        "steps": (steps, 1),
-        "texts": (texts, 1),
-        "group": (group, 2),
-        "beta": (beta, 0),
-        "r": (r, 1),
-    }
-    for name, (value, smallest) in least.items():
-        if not value >= smallest:
-            why = (
-                ", since an answer is compared with others to the same text"
-                if name == "group"
-                else ""
-            )
-            raise ValueError(f"{name} is {value}, it must be at least {smallest}{why}")
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate is {learning_rate}, it must be above 0")
-
-
+# %% ../../nbs/alignment/17_rl.ipynb #e968e73b
 def fit_rl(
-    task_train: AnnotatedTexts,
+    task_train: AnnotatedTexts,  # the train split
     lm: LM,  # the starting model, which stays as it is; its name must be one that `load_lm` knows
     out: str | Path,  # the run's folder
     steps: int = 40,
@@ -218,55 +285,29 @@ def fit_rl(
     seed: int = 0,
     progress: bool = True,
 ) -> Policy:
-    """Policy-gradient tuning of 0-shot list writing (JSON) on `set_reward` against the majority sets; the tuned model is in `out`,
-    where `load_lm` finds it.
+    """The model tuned by policy gradient on `set_reward` against majority sets (0-shot, JSON).
 
-    Log, a row a step, of the answers drawn before its update: reward (mean), learned_from (share of texts whose answers earned
-    different rewards), labels (mean number written), flagged (share of answers with any irregularity), kl (nats an answer, from the
-    starting model), entropy (nats an answer, estimated by the mean of -log p). Texts that other splits have too are left out.
-    Called again it goes on from the last checkpoint, or loads the finished run. Raises `ValueError` where there is no text to learn
-    from, where a text is too long, or where `out` holds a run with other settings, model or texts; `FloatingPointError` when the
-    loss is no longer a number.
+    The log is about the answers drawn in each step: reward (mean), learned_from (share of texts
+    whose answers earned different rewards), labels (mean number written), flagged (share of
+    irregular answers), kl (nats per answer, from the starting model), entropy (nats per answer,
+    the mean of -log p). Texts that other splits have too are left out. Called again, the run goes
+    on from its last checkpoint, or is loaded.
+
+    Raises `ValueError` where there is no text to learn from, a text is too long, or `out` holds
+    another run, `FloatingPointError` when the loss is no longer a number; `claim_run` has more.
     """
-    _check_numbers(steps, texts, group, learning_rate, beta, r)
+    settings = _Settings(steps, texts, group, learning_rate, beta, r, alpha, seed)
     task, _ = training_data(task_train)
     check_texts(task.ids, task.texts)
-    settings = {
-        "steps": steps,
-        "texts": texts,
-        "group": group,
-        "learning_rate": learning_rate,
-        "beta": beta,
-        "r": r,
-        "alpha": alpha,
-        "seed": seed,
-    }
-    shown = (task.texts, task.gold_sets(), task.labels.outcomes, task.label_noun)
-    identity = {
-        **settings,
-        "model": lm.name,
-        "weights": lm.fingerprint["weights"],
-        "task": task.name,
-        "sha256": sha256(repr(shown).encode()).hexdigest()[:16],
-    }
-    out, batches = Path(out), _batches(lm, task, steps, texts, seed)
-    if not claim_run(out, identity):
-        keep_freed_memory()
-        checkpoint = out / "checkpoint.safetensors"
-        tuned, log = _tune(
-            lm,
-            task.labels,
-            batches,
-            checkpoint,
-            group,
-            learning_rate,
-            beta,
-            r,
-            alpha,
-            seed,
-            progress,
-        )
-        save_tuned(tuned, lm, out)
-        log.round(6).to_csv(out / "log.csv", index=False)
-        checkpoint.unlink(missing_ok=True)
-    return Policy(load_lm(out, lm.dtype, str(lm.device)), pd.read_csv(out / "log.csv"))
+    batches = _batches(lm, task, settings)
+
+    out = Path(out)
+    with claim_run(out, _identity(lm, task, settings)) as finished:
+        if not finished:
+            process_policy("training")
+            checkpoint = out / "checkpoint.safetensors"
+            tuned, log = _tune(lm, task.labels, batches, settings, checkpoint, progress)
+            save_tuned(tuned, lm, out)
+            write_whole(out / "log.csv", log.round(6).to_csv(index=False).encode())
+            checkpoint.unlink(missing_ok=True)
+        return Policy(load_lm(out, lm.dtype, str(lm.device)), pd.read_csv(out / "log.csv"))

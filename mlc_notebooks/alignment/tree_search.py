@@ -1,4 +1,4 @@
-"""Inclusion probabilities in a tree of ordered lists
+"""How probable each label is to be in the list, over all lists that could be written
 
 Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/tree_search.html.md"""
 
@@ -23,34 +23,38 @@ Prefix = tuple[int, ...]  # positions of the labels written, in order
 class Branch:
     "What follows a prefix."
 
-    following: (
-        np.ndarray
-    )  # (L + 1,) of each outcome given that the list goes on, `none` last; sums to 1
-    go: np.ndarray  # (L,) p_go after each label that may follow; 0 where it would be the last one
+    # (L + 1,) probability of each outcome given that the list goes on, `none` last; sums to 1
+    following: np.ndarray
+    # (L,) p_go after each label that may follow; 0 where it would be the last one
+    go: np.ndarray
 
     @classmethod
     def read(
-        cls, logprobs: np.ndarray, go: np.ndarray, prefix: Prefix, prior: np.ndarray | None = None
+        cls,
+        logprobs: np.ndarray,  # (L + 1,) exact log-probabilities of the outcomes
+        go: np.ndarray,  # (L,) p_go after each label
+        prefix: Prefix,
+        prior: np.ndarray | None = None,  # (L + 1,): the probabilities are divided by it
     ) -> "Branch":
-        """From exact log-probabilities (L + 1,) and p_go (L,); `prior` (L + 1,) divides the probabilities (calibration).
-
-        Written labels and, behind the first step, `none` cannot follow.
-        """
-        scores = np.array(logprobs, float)
+        "The branch at `prefix`: written labels and, after the first step, `none` cannot follow."
+        logits = np.array(logprobs, float)
         if prior is not None:
-            scores = scores - np.log(prior)
-        scores[[*prefix, len(go)] if prefix else []] = -np.inf
-        return cls(softmax(scores), np.where(len(prefix) + 1 < len(go), go, 0.0))
+            logits = logits - np.log(prior)
+        if prefix:
+            none = len(go)
+            logits[[*prefix, none]] = -np.inf
+
+        is_last = len(prefix) + 1 == len(go)
+        return cls(softmax(logits), np.zeros(len(go)) if is_last else np.array(go, float))
 
 
-Expand = Callable[
-    [list[tuple[int, Prefix]]], list[Branch]
-]  # looks at the model at prefixes of texts (by position)
+# Looks at the model at prefixes of texts, given by their positions.
+Expand = Callable[[list[tuple[int, Prefix]]], list[Branch]]
 
 # %% ../../nbs/alignment/06_tree_search.ipynb #0b8dc067
 @dataclass
 class Found:
-    "Inclusion marginals of one text."
+    "Inclusion marginals of one text, as far as its tree was followed."
 
     marginals: np.ndarray  # (L,) found so far: lower bounds
     missing: float  # probability of the outputs that were not followed to their end
@@ -59,95 +63,132 @@ class Found:
 
     @property
     def upper(self) -> np.ndarray:
+        "(L,) upper bounds."
         return np.minimum(self.marginals + self.missing, 1)
 
+# %% ../../nbs/alignment/06_tree_search.ipynb #01d6615c
+def _add_branch(found: Found, heap: list, p_reached: float, prefix: Prefix, branch: Branch):
+    "Add what follows a prefix, which is reached and goes on with probability `p_reached`."
+    p_label = p_reached * branch.following[:-1]
+    p_going_on = p_label * branch.go
+    found.marginals += p_label
+    found.looks += 1
 
+    for label in np.flatnonzero(p_going_on > 0):
+        longer = (*prefix, int(label))
+        heapq.heappush(heap, (-p_going_on[label], longer))
+
+    if heap:
+        found.missing = max(0.0, found.missing - p_reached + p_going_on.sum())
+    else:  # without rounding errors
+        found.missing = 0.0
+
+# %% ../../nbs/alignment/06_tree_search.ipynb #fb452889
+def _take_likeliest(
+    found: Found, heap: list, tolerance: float, most_looks: int | None, cutoff: float, at_once: int
+) -> list[tuple[Prefix, float]]:
+    "Take from a text's heap the prefixes to expand in this round, with their probabilities."
+    if found.missing <= tolerance:
+        return []
+    most = at_once
+    if most_looks is not None:
+        most = min(most, most_looks - found.looks)
+
+    taken = []
+    while heap and len(taken) < most and -heap[0][0] >= cutoff:
+        negative, prefix = heapq.heappop(heap)
+        taken.append((prefix, -negative))
+    return taken
+
+# %% ../../nbs/alignment/06_tree_search.ipynb #a7a26adb
+def _guess_missing(found: Found, heap: list, first: np.ndarray) -> np.ndarray:
+    "(L,) the estimate: each prefix on the heap gets one more label, as step 1 had those left."
+    estimate = found.marginals.copy()
+    for negative, prefix in heap:
+        written = np.isin(range(len(first)), prefix)
+        share = np.where(written, 0, first)
+        estimate += -negative * share / max(share.sum(), 1e-300)
+    return np.minimum(estimate, found.upper)
+
+
+def _fill_estimates(found: list[Found], heaps: list[list], expand: Expand):
+    for text, one in enumerate(found):
+        first = np.zeros(len(one.marginals))
+        if heaps[text]:  # something is missing
+            (start,) = expand([(text, ())])  # it was read before, and is remembered
+            first = start.following[:-1]
+        one.estimate = _guess_missing(one, heaps[text], first)
+
+# %% ../../nbs/alignment/06_tree_search.ipynb #207f476a
 def best_first(
     expand: Expand,
-    texts: int,
-    labels: int,
-    tolerance: float = 0.01,
-    most_looks: int | None = 64,
-    cutoff: float = 0.0,
-    at_once: int = 4,
+    texts: int,  # how many
+    labels: int,  # how many
+    tolerance: float = 0.01,  # missing probability at which a text is done
+    most_looks: int | None = 64,  # budget of prefixes per text; None: no limit
+    cutoff: float = 0.0,  # prefixes less probable than this are not followed, but stay missing
+    at_once: int = 4,  # prefixes of a text that are expanded together
 ) -> list[Found]:
-    """Inclusion marginals by expanding the likeliest prefixes first.
-
-    tolerance: missing probability at which a text is done; most_looks: budget of prefixes a text, None: no limit;
-    cutoff: prefixes that are reached and go on with less are not followed, but stay counted as missing.
-    """
+    "Inclusion marginals of each text, by expanding the likeliest prefixes first."
     found = [Found(np.zeros(labels), 1.0, 0) for _ in range(texts)]
-    piles = [[(-1.0, ())] for _ in range(texts)]
+    heaps = [[(-1.0, ())] for _ in range(texts)]
+    limits = (tolerance, most_looks, cutoff, at_once)
     while True:
-        wanted = [
-            (text, *heapq.heappop(piles[text]))
-            for text in range(texts)
-            for _ in range(
-                _next_looks(found[text], piles[text], tolerance, most_looks, cutoff, at_once)
-            )
-        ]
+        wanted = []
+        for text in range(texts):
+            for prefix, p_reached in _take_likeliest(found[text], heaps[text], *limits):
+                wanted.append((text, prefix, p_reached))
         if not wanted:
-            return _guess_missing(found, piles, expand)
-        branches = expand([(text, prefix) for text, _, prefix in wanted])
-        for (text, reached, prefix), branch in zip(wanted, branches):
-            _book(found[text], piles[text], -reached, prefix, branch)
+            break
 
+        branches = expand([(text, prefix) for text, prefix, _ in wanted])
+        for (text, prefix, p_reached), branch in zip(wanted, branches):
+            _add_branch(found[text], heaps[text], p_reached, prefix, branch)
 
-def _guess_missing(found, piles, expand) -> list[Found]:
-    "Fill in the estimates: where the search stopped, one more label, in the proportions of step 1 among those not written."
-    for text, (one, pile) in enumerate(zip(found, piles)):
-        one.estimate = one.marginals.copy()
-        first = expand([(text, ())])[0].following[:-1] if pile else None  # was read before
-        for reached, prefix in pile:
-            share = np.where(np.isin(range(len(first)), prefix), 0, first)
-            one.estimate += -reached * share / max(share.sum(), 1e-300)
-        one.estimate = np.minimum(one.estimate, one.upper)
+    _fill_estimates(found, heaps, expand)
     return found
 
+# %% ../../nbs/alignment/06_tree_search.ipynb #d9709bce
+@dataclass
+class _Paths:
+    "Drawn paths that have written the same prefix."
 
-def _next_looks(found, pile, tolerance, most_looks, cutoff, at_once) -> int:
-    "How many prefixes of a text to expand in this round."
-    if not pile or found.missing <= tolerance:
-        return 0
-    worth = sum(-reached >= cutoff for reached, _ in heapq.nsmallest(at_once, pile))
-    return worth if most_looks is None else max(0, min(worth, most_looks - found.looks))
+    count: int
+    p_go: float  # that a list goes on here
 
 
-def _book(found, pile, reached, prefix, branch):
-    "Add what a prefix that is reached and goes on with probability `reached` leads to."
-    chance = reached * branch.following[:-1]
-    found.marginals += chance
-    found.looks += 1
-    on = chance * branch.go
-    for label in np.flatnonzero(on > 0):
-        heapq.heappush(pile, (-on[label], (*prefix, int(label))))
-    found.missing = max(0.0, found.missing - reached + on.sum()) if pile else 0.0
+def _draw_step(rng, paths: _Paths, branch: Branch) -> tuple[np.ndarray, np.ndarray]:
+    "How many paths write each label next (L,), and how many are expected to (L,)."
+    going_on = rng.binomial(paths.count, paths.p_go)
+    probabilities = branch.following / branch.following.sum()
+    drawn = rng.multinomial(going_on, probabilities)
+    expected = paths.count * paths.p_go * branch.following
+    return drawn[:-1], expected[:-1]  # without `none`
 
-# %% ../../nbs/alignment/06_tree_search.ipynb #51c8e2c6
+
 def sample_outputs(
     expand: Expand, texts: int, labels: int, samples: int = 20, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    "Inclusion (texts, L) by counting in drawn outputs, and the Rao-Blackwellised estimate from the same draws, not clipped."
+    """Inclusion (texts, L) in drawn outputs, counted, and Rao-Blackwellised from the same draws.
+
+    The second is not clipped and may exceed 1.
+    """
     rng = np.random.default_rng(seed)
-    counted, smoothed = np.zeros((2, texts, labels))
-    reached = {
-        (text, ()): samples for text in range(texts)
-    }  # how many paths have written this prefix
-    going = dict.fromkeys(reached, 1.0)  # p_go there
+    counted = np.zeros((texts, labels))
+    expected = np.zeros((texts, labels))
+    reached = {(text, ()): _Paths(samples, 1.0) for text in range(texts)}
     while reached:
-        fresh = list(reached)
-        seen = dict(zip(fresh, expand(fresh)))
-        written, go_after = {}, {}
-        for (text, prefix), paths in reached.items():
-            branch, p_go = seen[text, prefix], going[text, prefix]
-            smoothed[text] += paths * p_go * branch.following[:-1]
-            drawn = rng.multinomial(
-                rng.binomial(paths, p_go), branch.following / branch.following.sum()
-            )[:-1]
+        longer = {}
+        branches = expand(list(reached))
+        for (text, prefix), branch in zip(reached, branches):
+            drawn, expected_here = _draw_step(rng, reached[text, prefix], branch)
             counted[text] += drawn
-            for label in np.flatnonzero(drawn):
-                if len(prefix) + 1 < labels:
-                    written[text, (*prefix, int(label))] = int(drawn[label])
-                    go_after[text, (*prefix, int(label))] = branch.go[label]
-        reached, going = written, go_after
-    return counted / samples, smoothed / samples
+            expected[text] += expected_here
+
+            if len(prefix) + 1 == labels:  # all labels are written
+                continue
+            for label in np.flatnonzero(drawn).tolist():
+                paths = _Paths(int(drawn[label]), branch.go[label])
+                longer[text, (*prefix, label)] = paths
+        reached = longer
+    return counted / samples, expected / samples

@@ -1,4 +1,4 @@
-"""Baselines without a language model: words and neighbours
+"""Two predictors without a language model: words, and the nearest texts
 
 Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/words.html.md"""
 
@@ -11,10 +11,10 @@ __all__ = ['WordRegression', 'fit_words', 'Neighbours', 'fit_neighbours']
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from mlc_notebooks.alignment.linear import (
     Linear,
@@ -29,7 +29,10 @@ from ..data.texts import AnnotatedTexts, training_data
 from ..models.encoders import sentence_encoder
 
 # %% ../../nbs/alignment/12_words.ipynb #f096e78a
-def _vectorizer(**options) -> TfidfVectorizer:
+def _vectorizer(**options):
+    "scikit-learn's TF-IDF of words and pairs of words, not fitted yet."
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     return TfidfVectorizer(
         ngram_range=(1, 2), sublinear_tf=True, strip_accents="unicode", **options
     )
@@ -37,50 +40,52 @@ def _vectorizer(**options) -> TfidfVectorizer:
 
 @dataclass
 class WordRegression:
-    "Logistic regression on TF-IDF of words and pairs of words; made by `fit_words`."
+    "Logistic regression on TF-IDF of words and pairs of words; `fit_words` makes it."
 
-    vectorizer: TfidfVectorizer
+    vectorizer: Any  # scikit-learn's TfidfVectorizer
     linear: Linear
 
     def predict(self, task: AnnotatedTexts) -> pd.DataFrame:
         "Marginals (n, L). Raises `ValueError` for a task with other labels."
         check_same_labels(task, self.linear.labels)
-        return marginals_table(
-            self.linear(self.vectorizer.transform(task.texts)), task, self.linear.labels
-        )
+        features = self.vectorizer.transform(task.texts)
+        return marginals_table(self.linear(features), task, self.linear.labels)
 
     def save(self, folder: str | Path):
+        "Write the words, their weights and their frequencies."
         words = {word: int(position) for word, position in self.vectorizer.vocabulary_.items()}
-        write_predictor(
-            folder,
-            "WordRegression",
-            self.linear.labels,
-            {"weight": self.linear.weight, "bias": self.linear.bias, "idf": self.vectorizer.idf_},
-            words=words,
-        )
+        tensors = {
+            "weight": self.linear.weight,
+            "bias": self.linear.bias,
+            "idf": self.vectorizer.idf_,
+        }
+        write_predictor(folder, "WordRegression", self.linear.labels, tensors, words=words)
 
     @classmethod
     def load(cls, folder: str | Path) -> "WordRegression":
+        "The predictor that `save` wrote."
         labels, tensors, about = read_predictor(folder, "WordRegression")
         vectorizer = _vectorizer(vocabulary=about["words"])
         vectorizer.idf_ = tensors["idf"]
         return cls(vectorizer, Linear(labels, tensors["weight"], tensors["bias"]))
 
-
+# %% ../../nbs/alignment/12_words.ipynb #48e9c654
 def fit_words(
-    task_train: AnnotatedTexts, soft: bool = False, C: float = 3.0, seed: int = 0
+    task_train: AnnotatedTexts,
+    soft: bool = False,  # learn the annotators' shares instead of majority sets
+    C: float = 3.0,  # inverse of the ridge penalty's strength
+    seed: int = 0,
 ) -> WordRegression:
-    "Words that occur in two texts or more (all, below 50 texts); C is the inverse of the ridge."
+    "A `WordRegression` fitted on annotated texts; raises `ValueError` where there are none."
     task, targets = training_data(task_train, soft)
     vectorizer = _vectorizer(min_df=2 if len(task) >= 50 else 1)
-    return WordRegression(
-        vectorizer, fit_linear(vectorizer.fit_transform(task.texts), targets, task.labels, C, seed)
-    )
+    features = vectorizer.fit_transform(task.texts)
+    return WordRegression(vectorizer, fit_linear(features, targets, task.labels, C, seed))
 
 # %% ../../nbs/alignment/12_words.ipynb #5469e488
 @dataclass
 class Neighbours:
-    "The mean annotation of the nearest training texts; made by `fit_neighbours`."
+    "The mean annotation of the nearest training texts; `fit_neighbours` makes it."
 
     encode: Callable[[Sequence[str]], np.ndarray]
     labels: LabelSet
@@ -91,38 +96,37 @@ class Neighbours:
     def predict(self, task: AnnotatedTexts) -> pd.DataFrame:
         "Marginals (n, L). Raises `ValueError` for a task with other labels."
         check_same_labels(task, self.labels)
-        nearest = np.argsort(
-            -np.asarray(self.encode(task.texts)) @ self.vectors.T, axis=1, kind="stable"
-        )[:, : self.k]
-        return marginals_table(self.targets[nearest].mean(1), task, self.labels)
+        similarity = np.asarray(self.encode(task.texts)) @ self.vectors.T
+        nearest = np.argsort(-similarity, axis=1, kind="stable")[:, : self.k]
+        return marginals_table(self.targets[nearest].mean(axis=1), task, self.labels)
 
     def save(self, folder: str | Path):
-        write_predictor(
-            folder,
-            "Neighbours",
-            self.labels,
-            {"vectors": self.vectors, "targets": self.targets},
-            k=self.k,
-        )
+        "Write vectors and targets of the training texts; the encoder is not copied."
+        tensors = {"vectors": self.vectors, "targets": self.targets}
+        write_predictor(folder, "Neighbours", self.labels, tensors, k=self.k)
 
     @classmethod
     def load(cls, folder: str | Path, encode: Callable | None = None) -> "Neighbours":
-        "`encode` as in `fit_neighbours`."
+        "The predictor that `save` wrote; `encode` as in `fit_neighbours`."
         labels, tensors, about = read_predictor(folder, "Neighbours")
-        return cls(
-            encode or sentence_encoder(), labels, tensors["vectors"], tensors["targets"], about["k"]
-        )
+        if encode is None:
+            encode = sentence_encoder()
+        return cls(encode, labels, tensors["vectors"], tensors["targets"], about["k"])
 
-
+# %% ../../nbs/alignment/12_words.ipynb #45987ad7
 def fit_neighbours(
-    task_train: AnnotatedTexts, encode: Callable | None = None, k: int = 20, soft: bool = False
+    task_train: AnnotatedTexts,
+    encode: Callable | None = None,  # texts to unit vectors (n, width); None: `sentence_encoder`
+    k: int = 20,  # how many neighbours are averaged
+    soft: bool = False,  # average the annotators' shares instead of majority sets
 ) -> Neighbours:
-    """encode: texts to unit vectors (n, width); None: `sentence_encoder`.
+    """A `Neighbours` of annotated texts.
 
     Raises `ValueError` for k below 1 or above the number of training texts.
     """
     task, targets = training_data(task_train, soft)
     if not 1 <= k <= len(task):
         raise ValueError(f"k is {k}: give 1 to {len(task)}, the number of training texts")
-    encode = encode or sentence_encoder()
+    if encode is None:
+        encode = sentence_encoder()
     return Neighbours(encode, task.labels, np.asarray(encode(task.texts)), targets, k)

@@ -17,58 +17,17 @@ from .sources import generator
 from .texts import AnnotatedTexts, text_key
 
 # %% ../../nbs/data/07_boxes.ipynb #60c560d7
+# The first n are used, so that a smaller task is part of a larger one.
 BOX_OBJECTS = tuple(
-    [
-        "anchor",
-        "button",
-        "candle",
-        "drum",
-        "envelope",
-        "feather",
-        "glove",
-        "hammer",
-        "iron",
-        "jar",
-        "kettle",
-        "ladder",
-        "marble",
-        "orange",
-        "pillow",
-        "quilt",
-        "ribbon",
-        "spoon",
-        "towel",
-        "umbrella",
-        "violin",
-        "whistle",
-        "yarn",
-        "zipper",
-        "acorn",
-        "arrow",
-        "basket",
-        "blanket",
-        "brush",
-        "chain",
-        "coin",
-        "diamond",
-        "flute",
-        "fork",
-        "grape",
-        "helmet",
-        "lock",
-        "medal",
-        "mug",
-        "onion",
-        "peach",
-        "puzzle",
-        "saddle",
-        "shovel",
-        "skate",
-        "stamp",
-        "trumpet",
-        "wallet",
-    ]
-)  # n of them are always the first n, so that a smaller task is part of a larger
+    """
+    anchor button candle drum envelope feather glove hammer
+    iron jar kettle ladder marble orange pillow quilt
+    ribbon spoon towel umbrella violin whistle yarn zipper
+    acorn arrow basket blanket brush chain coin diamond
+    flute fork grape helmet lock medal mug onion
+    peach puzzle saddle shovel skate stamp trumpet wallet
+    """.split()
+)
 
 # %% ../../nbs/data/07_boxes.ipynb #8f8a7407
 _BOX_SENTENCES = {  # how each operation is told
@@ -80,163 +39,175 @@ _BOX_SENTENCES = {  # how each operation is told
 }
 
 
-# Emptied boxes stay empty until something is put there, so these are rarer; else long stories would end with bare boxes.
-_BOX_WEIGHTS = {"put": 3, "take": 1, "move": 3, "empty": 1, "tip": 1}
-
-
 @dataclass(frozen=True)
 class _BoxMove:
-    "One operation: these things go from one box to another; boxes count from 0, None is outside of all boxes."
+    "One operation: these things go from one box to another."
 
     kind: str  # of `_BOX_SENTENCES`
     things: tuple[str, ...]
-    source: int | None
+    source: int | None  # boxes count from 0; None: outside of all boxes
     target: int | None
 
     def apply(self, boxes: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
         "The contents of each box afterwards."
-        left = [tuple(thing for thing in box if thing not in self.things) for box in boxes]
-        return [
-            box + self.things if number == self.target else box for number, box in enumerate(left)
-        ]
+        after = [tuple(thing for thing in box if thing not in self.things) for box in boxes]
+        if self.target is not None:
+            after[self.target] += self.things
+        return after
 
     def sentence(self) -> str:
         "The operation in words, where boxes count from 1."
-        number = {
-            name: place + 1
-            for name in ("source", "target")
-            if (place := getattr(self, name)) is not None
-        }
-        return _BOX_SENTENCES[self.kind].format(thing=self.things[0], **number)
+        numbers = {}
+        if self.source is not None:
+            numbers["source"] = self.source + 1
+        if self.target is not None:
+            numbers["target"] = self.target + 1
+        return _BOX_SENTENCES[self.kind].format(thing=self.things[0], **numbers)
+
+# %% ../../nbs/data/07_boxes.ipynb #f840f7dd
+_BOX_WEIGHTS = {"put": 3, "take": 1, "move": 3, "empty": 1, "tip": 1}
 
 
-def _box_starts(boxes, objects) -> dict[str, list[tuple[tuple[str, ...], int | None]]]:
+def _box_starts(
+    boxes: list[tuple[str, ...]], objects: list[str]
+) -> dict[str, list[tuple[tuple[str, ...], int | None]]]:
     "For each operation that these contents allow: which things can go, and from where."
     held = {thing for box in boxes for thing in box}
     outside = [((thing,), None) for thing in objects if thing not in held]
     single = [((thing,), source) for source, box in enumerate(boxes) for thing in box]
     whole = [(box, source) for source, box in enumerate(boxes) if box]
+
     starts = {"put": outside, "take": single, "empty": whole}
     if len(boxes) > 1:
-        starts |= {"move": single, "tip": whole}
+        starts["move"] = single
+        starts["tip"] = whole
     return {kind: found for kind, found in starts.items() if found}
 
-# %% ../../nbs/data/07_boxes.ipynb #d4ca626b
-def _fill_boxes(rng, boxes: int, objects: list[str]) -> list[tuple[str, ...]]:
-    "0 to 3 objects for each box; where they run out, chance decides which boxes stay empty."
-    left, contents = list(rng.permutation(objects)), [()] * boxes
-    for number in rng.permutation(boxes):
-        size = rng.integers(4)
-        contents[number], left = tuple(map(str, left[:size])), left[size:]
-    return contents
 
-
-def _draw_move(rng, boxes, objects) -> _BoxMove:
-    "One of the possible operations: first the kind, by weight, then what goes where."
+def _draw_move(
+    rng: np.random.Generator, boxes: list[tuple[str, ...]], objects: list[str]
+) -> _BoxMove:
+    "One of the possible operations: first its kind, by weight, then what goes where."
     starts = _box_starts(boxes, objects)
     weights = np.array([_BOX_WEIGHTS[kind] for kind in starts])
     kind = str(rng.choice(list(starts), p=weights / weights.sum()))
     things, source = starts[kind][rng.integers(len(starts[kind]))]
+    if kind in ("take", "empty"):
+        return _BoxMove(kind, things, source, None)
+
     targets = [number for number in range(len(boxes)) if number != source]
-    return _BoxMove(
-        kind,
-        things,
-        source,
-        None if kind in ("take", "empty") else targets[rng.integers(len(targets))],
-    )
+    return _BoxMove(kind, things, source, targets[rng.integers(len(targets))])
+
+# %% ../../nbs/data/07_boxes.ipynb #d4ca626b
+def _fill_boxes(rng: np.random.Generator, boxes: int, objects: list[str]) -> list[tuple[str, ...]]:
+    "0 to 3 objects for each box; where they run out, chance decides which boxes stay empty."
+    left = list(rng.permutation(objects))
+    contents = [()] * boxes
+    for number in rng.permutation(boxes):
+        size = rng.integers(4)
+        contents[number] = tuple(map(str, left[:size]))
+        left = left[size:]
+    return contents
 
 
-def _draw_box(rng, boxes) -> int:
-    "Which box is asked about: one of a size drawn evenly from 0, 1, 2, 3 and more, as far as there are such boxes."
+def _draw_box(rng: np.random.Generator, boxes: list[tuple[str, ...]]) -> int:
+    "The box that is asked about: its size is drawn evenly from 0, 1, 2, 3 and more."
     sizes = np.minimum([len(box) for box in boxes], 3)
-    wanted = next(size for size in rng.permutation(4) if size in sizes)
-    return int(rng.choice(np.flatnonzero(sizes == wanted)))
+    possible = [size for size in rng.permutation(4) if size in sizes]
+    return int(rng.choice(np.flatnonzero(sizes == possible[0])))
 
 
 def _tell_box(number: int, box: tuple[str, ...]) -> str:
-    "`box 1 holds the drum, the jar and the yarn`, or `nothing`."
-    *front, last = [f"the {thing}" for thing in box] or ["nothing"]
-    return f"box {number + 1} holds " + " and ".join(filter(None, [", ".join(front), last]))
+    "`box 1 holds the drum, the jar and the yarn`, or `box 1 holds nothing`."
+    if not box:
+        return f"box {number + 1} holds nothing"
+    *front, last = [f"the {thing}" for thing in box]
+    listed = f"{', '.join(front)} and {last}" if front else last
+    return f"box {number + 1} holds {listed}"
 
-
-def _box_story(rng, boxes: int, objects: list[str], moves: int) -> tuple[str, tuple[str, ...]]:
-    "A text on one line and what the box that it asks about holds at the end."
+# %% ../../nbs/data/07_boxes.ipynb #7b97d683
+def _box_story(
+    rng: np.random.Generator, boxes: int, objects: list[str], moves: int
+) -> tuple[str, tuple[str, ...]]:
+    "A text on one line, and what the box that it asks about holds at the end."
     contents = _fill_boxes(rng, boxes, objects)
-    told = [
-        "At first, "
-        + "; ".join(_tell_box(number, box) for number, box in enumerate(contents))
-        + "."
-    ]
+    start = [_tell_box(number, box) for number, box in enumerate(contents)]
+    sentences = ["At first, " + "; ".join(start) + "."]
     for _ in range(moves):
         move = _draw_move(rng, contents, objects)
         contents = move.apply(contents)
-        told.append(move.sentence())
+        sentences.append(move.sentence())
     asked = _draw_box(rng, contents)
-    return " ".join([*told, f"What does box {asked + 1} hold at the end?"]), contents[asked]
+    sentences.append(f"What does box {asked + 1} hold at the end?")
+    return " ".join(sentences), contents[asked]
+
+
+def _new_story(
+    rng: np.random.Generator, seen: set[str], boxes: int, objects: list[str], moves: int
+) -> tuple[str, tuple[str, ...]]:
+    "A story whose text is not among the `seen`, to which it is added: leakage is judged by text."
+    for _ in range(1000):
+        text, held = _box_story(rng, boxes, objects, moves)
+        if text_key(text) not in seen:
+            seen.add(text_key(text))
+            return text, held
+    raise ValueError(
+        f"boxes={boxes}, objects={len(objects)} and moves={moves} hardly give more than "
+        f"{len(seen)} different texts: raise one of them, or lower n, train or dev"
+    )
 
 # %% ../../nbs/data/07_boxes.ipynb #bbcc84ac
-def _check_counts(**counts: tuple[int, int]):
+def _check_counts(**counts: tuple[int, int]) -> None:
     "Raise `ValueError` for the first of name=(value, least) that is too small."
     for name, (value, least) in counts.items():
         if value < least:
             raise ValueError(f"{name} is {value}: give {least} or more")
 
 
-def _new_story(rng, seen: set[str], **sizes) -> tuple[str, tuple[str, ...]]:
-    "A story whose text is not among the `seen`, to which it is added: leakage is judged by text."
-    for _ in range(1000):
-        text, held = _box_story(rng, **sizes)
-        if text_key(text) not in seen:
-            seen.add(text_key(text))
-            return text, held
-    raise ValueError(
-        f"boxes={sizes['boxes']}, objects={len(sizes['objects'])} and moves={sizes['moves']} hardly give more "
-        f"than {len(seen)} different texts: raise one of them, or lower n, train or dev"
+def _box_split(
+    split: str, stories: list[tuple[str, tuple[str, ...]]], labels: LabelSet
+) -> AnnotatedTexts:
+    "The stories of one split as a task."
+    return AnnotatedTexts(
+        "boxes-made",
+        ids=[f"{split}-{i}" for i in range(len(stories))],
+        texts=[text for text, _ in stories],
+        labels=labels,
+        annotations=[labels.vector(held)[None] for _, held in stories],
+        aggregated=True,
+        label_noun="objects",
     )
 
-
+# %% ../../nbs/data/07_boxes.ipynb #2999fc79
 @generator
 def generate_boxes(
     n: int = 200,  # test texts
     boxes: int = 5,
-    objects: int = 24,  # that may be in them: the first of `BOX_OBJECTS`, in alphabetical order the labels
-    moves: int = 4,  # operations a text
+    objects: int = 24,  # the first of `BOX_OBJECTS`; in alphabetical order they are the labels
+    moves: int = 4,  # operations per text
     seed: int = 0,
     train: int = 400,  # texts to draw demonstrations from
     dev: int = 100,
 ) -> AnnotatedTexts:
-    """Entity tracking with certain answers: the test split, the others at hand as `.splits`; no text occurs twice.
+    """Texts whose labels are certain: the test split, the others at hand as `.splits`.
 
-    The same seed gives the same texts, and with a larger n the same ones come first. As in the official files each text
-    has one row of annotations, the truth, marked as `aggregated`; a bare box is `none`. Raises `ValueError` for a count
-    that is too small, more objects than there are words, or more texts than these sizes can tell apart.
+    No text occurs twice; an empty box is `none`. The same seed gives the same texts, and with a
+    larger n the same ones come first. Raises `ValueError` for a count that is too small, more
+    objects than there are words, or more texts than these sizes can tell apart.
     """
-    _check_counts(
-        n=(n, 1),
-        boxes=(boxes, 1),
-        objects=(objects, 1),
-        moves=(moves, 0),
-        train=(train, 1),
-        dev=(dev, 1),
-    )
-    if objects > len(BOX_OBJECTS):
+    _check_counts(n=(n, 1), boxes=(boxes, 1), objects=(objects, 1), moves=(moves, 0))
+    _check_counts(train=(train, 1), dev=(dev, 1))
+    most = len(BOX_OBJECTS)
+    if objects > most:
         raise ValueError(
-            f"objects is {objects}, but there are only {len(BOX_OBJECTS)} words: give {len(BOX_OBJECTS)} or fewer"
+            f"objects is {objects}, but there are only {most} words: give {most} or fewer"
         )
-    labels, seen, splits = LabelSet(sorted(BOX_OBJECTS[:objects])), set(), {}
-    # Test comes first and each split has its own stream, so that the sizes of the others do not change the test texts.
+
+    labels = LabelSet(sorted(BOX_OBJECTS[:objects]))
+    seen = set()
+    splits = {}
     for stream, (split, count) in enumerate({"test": n, "dev": dev, "train": train}.items()):
         rng = np.random.default_rng([seed, stream])
-        stories = [
-            _new_story(rng, seen, boxes=boxes, objects=list(labels), moves=moves)
-            for _ in range(count)
-        ]
-        texts, held = zip(*stories)
-        ids, votes = (
-            [f"{split}-{i}" for i in range(count)],
-            [labels.vector(box)[None] for box in held],
-        )
-        splits[split] = AnnotatedTexts(
-            "boxes-made", ids, texts, labels, votes, aggregated=True, label_noun="objects"
-        )
+        stories = [_new_story(rng, seen, boxes, list(labels), moves) for _ in range(count)]
+        splits[split] = _box_split(split, stories, labels)
     return replace(splits["test"], splits=splits)

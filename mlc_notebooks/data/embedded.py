@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 
 from .labels import LabelSet
-from .sources import data_file, loader
-from .texts import AnnotatedTexts, text_key, texts_from_frame
+from .sources import data_file, loader, read_text
+from .tables import join_annotators, texts_from_frame, votes_of_columns
+from .texts import AnnotatedTexts, text_key
 
 # %% ../../nbs/data/05_embedded.ipynb #7bf874bf
 GOEMOTIONS_GROUPS = {
@@ -29,17 +30,43 @@ GOEMOTIONS_GROUPS = {
 }
 
 
-def _goemotions_labels(names, groups):
-    "The labels and, for each of the 28 columns, the label it counts for (neutral: none)."
-    group_of = (
-        {e: g for g, members in GOEMOTIONS_GROUPS.items() for e in members.split()}
-        if groups
-        else {}
-    )
+def _goemotions_labels(names: list[str], groups: bool) -> tuple[LabelSet, list[str | None]]:
+    "The labels and, for each of the 28 columns, the label it counts for (neutral: None)."
+    group_of = {}
+    if groups:
+        for group, members in GOEMOTIONS_GROUPS.items():
+            group_of.update(dict.fromkeys(members.split(), group))
     target = [None if name == "neutral" else group_of.get(name, name) for name in names]
-    return LabelSet(sorted({t for t in target if t})), target
+    return LabelSet(sorted({label for label in target if label})), target
+
+# %% ../../nbs/data/05_embedded.ipynb #3dc5205d
+def _goemotions_aggregated(
+    folder: Path, split: str, labels: LabelSet, target: list[str | None]
+) -> pd.DataFrame:
+    "The items (id, text, votes) of one split, with one set of labels each."
+    path = data_file(folder, f"{split}.tsv")
+    rows = pd.read_csv(path, sep="\t", names=["text", "chosen", "id"], dtype=str)
+    votes = []
+    for cell in rows["chosen"]:
+        chosen = [target[int(number)] for number in cell.split(",")]
+        votes.append(labels.vector(filter(None, chosen))[None])
+    return rows.assign(votes=votes)
 
 
+def _goemotions_raters(
+    folder: Path, labels: LabelSet, names: list[str], target: list[str | None]
+) -> pd.DataFrame:
+    "All items (id, text, votes) with every rater."
+    paths = [data_file(folder, f"goemotions_{part}.csv") for part in (1, 2, 3)]
+    rows = pd.concat(pd.read_csv(path, dtype={"id": str}) for path in paths)
+    rows = rows[rows["example_very_unclear"].astype(str) != "True"]
+    votes = []
+    for values in rows[names].to_numpy():
+        chosen = [label for label, value in zip(target, values) if value and label]
+        votes.append(labels.vector(chosen)[None])
+    return join_annotators(rows.assign(votes=votes))
+
+# %% ../../nbs/data/05_embedded.ipynb #d7c7a5d7
 @loader(
     "goemotions",
     "https://github.com/google-research/google-research/tree/master/goemotions",
@@ -49,44 +76,23 @@ def _goemotions_labels(names, groups):
 def load_goemotions(
     folder: Path, groups: bool = True, raw: bool = False
 ) -> dict[str, AnnotatedTexts]:
-    "train/dev/test.tsv; with `raw` goemotions_1..3.csv with every rater, split as those files split the ids."
-    names = data_file(folder, "emotions.txt").read_text().split()
+    """The splits of GoEmotions by name: seven groups of emotions, or all 27.
+
+    Reads train.tsv, dev.tsv and test.tsv; with `raw` also goemotions_1.csv to goemotions_3.csv,
+    for every rater's answer.
+    """
+    names = read_text(folder, "emotions.txt").split()
     labels, target = _goemotions_labels(names, groups)
-
-    def read(s):
-        return pd.read_csv(
-            data_file(folder, f"{s}.tsv"), sep="\t", names=["text", "chosen", "id"], dtype=str
-        )
-
-    frames = {split: read(split) for split in ("train", "dev", "test")}
+    frames = {}
+    for split in ("train", "dev", "test"):
+        frames[split] = _goemotions_aggregated(folder, split, labels, target)
     if raw:
-        return _goemotions_raw(folder, frames, labels, names, target)
-    for frame in frames.values():
-        chosen = [[target[int(i)] for i in row.split(",")] for row in frame["chosen"]]
-        frame["votes"] = [labels.vector(filter(None, row))[None] for row in chosen]
+        items = _goemotions_raters(folder, labels, names, target)
+        for split, frame in frames.items():
+            frames[split] = items[items["id"].isin(frame["id"])]
     return {
-        split: texts_from_frame("goemotions", frame, labels, aggregated=True)
+        split: texts_from_frame("goemotions", frame, labels, aggregated=not raw)
         for split, frame in frames.items()
-    }
-
-
-def _goemotions_raw(folder, frames, labels, names, target):
-    parts = [
-        pd.read_csv(data_file(folder, f"goemotions_{i}.csv"), dtype={"id": str}) for i in (1, 2, 3)
-    ]
-    rows = pd.concat(parts)
-    rows = rows[~rows["example_very_unclear"].astype(str).eq("True")]
-    rows["vote"] = [
-        labels.vector(t for t, v in zip(target, row) if v and t) for row in rows[names].to_numpy()
-    ]
-    items = rows.groupby("id", sort=False).agg(
-        text=("text", "first"), votes=("vote", lambda v: np.stack(list(v)))
-    )
-    of_split = {
-        split: items[items.index.isin(frame["id"])].reset_index() for split, frame in frames.items()
-    }
-    return {
-        split: texts_from_frame("goemotions", frame, labels) for split, frame in of_split.items()
     }
 
 # %% ../../nbs/data/05_embedded.ipynb #4639457e
@@ -102,48 +108,52 @@ _AFRIKAANS = {"happy": "joy", "sad": "sadness"}
 _EMOTIONS = ("anger", "disgust", "fear", "joy", "sadness", "surprise")
 
 
-@loader("brighter", "https://brighter-dataset.github.io/", "CC BY 4.0", "emotions")
-def load_brighter(
-    folder: Path, language: str = "eng", annotators: bool | None = None, threshold: int = 1
-):
-    "track_a/<split>/<language>.csv, joined by text with individual_labels/<language> where wanted (None: where it exists)."
-    splits = {
-        s: pd.read_csv(data_file(folder, f"track_a/{s}/{language}.csv"))
-        for s in ("train", "dev", "test")
-    }
-    labels = LabelSet([e for e in _EMOTIONS if e in splits["train"].columns])
-    individual = f"individual_labels/{language}/{language}_individuals.csv"
-    if annotators is None:
-        annotators = (folder / individual).exists() or (folder / f"{individual}.gz").exists()
-    votes = (
-        _brighter_annotators(data_file(folder, individual), labels, threshold)
-        if annotators
-        else None
-    )
-    for frame in splits.values():
-        aggregated = frame[list(labels)].to_numpy(np.uint8)
-        frame["votes"] = (
-            [v[None] for v in aggregated]
-            if votes is None
-            else frame["text"].map(text_key).map(votes)
-        )
-    return {
-        s: texts_from_frame("brighter", f.dropna(subset="votes"), labels, not annotators)
-        for s, f in splits.items()
-    }
-
-
-def _brighter_annotators(path, labels, threshold):
-    "{text key: votes (annotators, L)} of one language."
+def _brighter_annotators(path: Path, labels: LabelSet, threshold: int) -> dict[str, np.ndarray]:
+    "The annotations (annotators, L) of each text of one language, by the key of the text."
     rows = pd.read_csv(path).rename(columns={"text_content": "text"})
+    people = [column for column in rows if column.lower().startswith("annotator")]
     emotion = rows["emotion"].str.lower().replace(_ROMANIAN | _AFRIKAANS)
-    people = [c for c in rows if c.lower().startswith("annotator")]
-    rows = rows.assign(emotion=emotion, key=rows["text"].map(text_key))[emotion.isin(labels)]
+    rows = rows.assign(emotion=emotion, key=rows["text"].map(text_key))
+    rows = rows[emotion.isin(labels)].drop_duplicates(["key", "emotion"])
+
     votes = {}
-    for key, group in rows.drop_duplicates(["key", "emotion"]).groupby("key", sort=False):
-        values = group.set_index("emotion")[people].reindex(labels.names).T.dropna(how="all")
+    for key, group in rows.groupby("key", sort=False):
+        by_emotion = group.set_index("emotion")[people].reindex(labels.names)
+        values = by_emotion.T.dropna(how="all")  # an annotator without values did not see the text
         votes[key] = (values.fillna(0) >= threshold).to_numpy(np.uint8)
     return votes
+
+# %% ../../nbs/data/05_embedded.ipynb #85b8e031
+@loader("brighter", "https://brighter-dataset.github.io/", "CC BY 4.0", "emotions")
+def load_brighter(
+    folder: Path,
+    language: str = "eng",
+    annotators: bool | None = None,  # every annotator's answer; None: where there is a file of them
+    threshold: int = 1,  # the value from which an annotator chose a label
+) -> dict[str, AnnotatedTexts]:
+    """The splits of BRIGHTER's track A in one language, by name.
+
+    Reads track_a/<split>/<language>.csv, and individual_labels/<language> for the annotators.
+    """
+    frames = {}
+    for split in ("train", "dev", "test"):
+        frames[split] = pd.read_csv(data_file(folder, f"track_a/{split}/{language}.csv"))
+    labels = LabelSet([emotion for emotion in _EMOTIONS if emotion in frames["train"]])
+    individual = f"individual_labels/{language}/{language}_individuals.csv"
+    if annotators is None:
+        annotators = any((folder / f"{individual}{end}").exists() for end in ("", ".gz"))
+    if annotators:
+        votes = _brighter_annotators(data_file(folder, individual), labels, threshold)
+
+    splits = {}
+    for split, frame in frames.items():
+        if annotators:
+            frame["votes"] = frame["text"].map(text_key).map(votes)
+        else:
+            frame["votes"] = votes_of_columns(frame, labels)
+        found = frame.dropna(subset="votes")
+        splits[split] = texts_from_frame("brighter", found, labels, aggregated=not annotators)
+    return splits
 
 # %% ../../nbs/data/05_embedded.ipynb #c616c056
 CONVABUSE_LABELS = (
@@ -162,48 +172,53 @@ CONVABUSE_LABELS = (
 )
 
 
-def _convabuse_votes(row, labels):
-    "Votes (annotators, L) of one row; a cell such as '0, 1' is the same person's repeated judgement."
+def _chose(cell: str | float) -> bool:
+    "Whether a person chose a label in at least half of the judgements."
+    if not isinstance(cell, str):
+        return False
+    judgements = [float(value) for value in cell.split(",")]
+    return np.mean(judgements) >= 0.5
+
+
+def _convabuse_votes(row: dict, labels: LabelSet) -> np.ndarray:
+    "Annotations (annotators, L) of one row; a person without any value did not see the text."
     votes = []
     for person in range(1, 9):
-        cells = [
-            row.get(f"Annotator{person}_{name}", row.get(f"Annotator{person}_target.{name}"))
-            for name in labels
-        ]
+        cells = []
+        for name in labels:
+            target = row.get(f"Annotator{person}_target.{name}")
+            cells.append(row.get(f"Annotator{person}_{name}", target))
         if any(isinstance(cell, str) for cell in cells):
-            judged = [
-                [float(v) for v in cell.split(",")] if isinstance(cell, str) else [0]
-                for cell in cells
-            ]
-            votes.append([np.mean(v) >= 0.5 for v in judged])
+            votes.append([_chose(cell) for cell in cells])
     return np.array(votes, np.uint8).reshape(-1, len(labels))
 
-
-def _dialogue(row):
-    turns = [
-        ("Agent", row["prev_agent"]),
-        ("User", row["prev_user"]),
-        ("Agent", row["agent"]),
-        ("User", row["user"]),
-    ]
-    return " ".join(
-        f"{who}: {said}" for who, said in turns if isinstance(said, str) and said.strip()
-    )
+# %% ../../nbs/data/05_embedded.ipynb #67b16a15
+def _dialogue(row: dict) -> str:
+    "The turns that there are, each after its speaker."
+    turns = {"prev_agent": "Agent", "prev_user": "User", "agent": "Agent", "user": "User"}
+    spoken = []
+    for column, who in turns.items():
+        said = row[column]
+        if isinstance(said, str) and said.strip():
+            spoken.append(f"{who}: {said}")
+    return " ".join(spoken)
 
 
 @loader("convabuse", "https://github.com/amandacurry/convabuse", "CC BY 4.0", "kinds of abuse")
-def load_convabuse(folder: Path, labels=CONVABUSE_LABELS) -> dict[str, AnnotatedTexts]:
-    "ConvAbuseEMNLP{train,valid,test}.csv; `labels` may be some of the twelve."
-    labels, splits = LabelSet(labels), {}
-    for split, file in {"train": "train", "dev": "valid", "test": "test"}.items():
-        rows = pd.read_csv(data_file(folder, f"ConvAbuseEMNLP{file}.csv"), dtype=str)
+def load_convabuse(
+    folder: Path, labels: tuple[str, ...] = CONVABUSE_LABELS
+) -> dict[str, AnnotatedTexts]:
+    """The splits of ConvAbuse by name; `labels` may be some of the twelve.
+
+    Reads ConvAbuseEMNLP{train,valid,test}.csv.
+    """
+    labels = LabelSet(labels)
+    splits = {}
+    for split, part in {"train": "train", "dev": "valid", "test": "test"}.items():
+        rows = pd.read_csv(data_file(folder, f"ConvAbuseEMNLP{part}.csv"), dtype=str)
         records = rows.to_dict("records")
-        frame = pd.DataFrame(
-            {
-                "id": rows["example_id"].str.removesuffix(".0"),
-                "text": [_dialogue(r) for r in records],
-                "votes": [_convabuse_votes(r, labels) for r in records],
-            }
-        )
+        frame = pd.DataFrame({"id": rows["example_id"].str.removesuffix(".0")})
+        frame["text"] = [_dialogue(row) for row in records]
+        frame["votes"] = [_convabuse_votes(row, labels) for row in records]
         splits[split] = texts_from_frame("convabuse", frame, labels)
     return splits

@@ -1,4 +1,4 @@
-"""The names a text may carry, in a fixed order, and how a model writes a list of them
+"""The labels that a text may have, in a fixed order
 
 Docs: https://mlc-notebooks.github.io/mlc_notebooks/data/labels.html.md"""
 
@@ -10,135 +10,137 @@ __all__ = ['surface_forms', 'nfc', 'LabelSet']
 # %% ../../nbs/data/00_labels.ipynb #0d898b1f
 import difflib
 import unicodedata
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 
 # %% ../../nbs/data/00_labels.ipynb #2621ec50
 def surface_forms(label: str) -> list[str]:
-    """The spellings that count as `label`: as given and Capitalised, never UPPER CASE."""
+    "The spellings that count as `label`: as given, and with a capital first letter."
     capitalised = label[:1].upper() + label[1:]
-    return [label] if capitalised == label else [label, capitalised]
+    if capitalised == label:
+        return [label]
+    return [label, capitalised]
 
+# %% ../../nbs/data/00_labels.ipynb #bb805423
+def nfc(text: str) -> str:
+    "`text` with each letter and its accent as one character (NFC), as many tokenizers read it."
+    return unicodedata.normalize("NFC", text)
 
-def _check_name(name):
+# %% ../../nbs/data/00_labels.ipynb #29d535e5
+def _check_name(name: str):
     if not isinstance(name, str):
         raise TypeError(f"a label must be a string, got {name!r}")
     if not name.strip():
         raise ValueError(f"a label is empty: {name!r}")
     if name != name.strip():
         raise ValueError(f"label {name!r} begins or ends with white space: strip it")
-    if any(not character.isprintable() for character in name):
+    if not name.isprintable():
         raise ValueError(
             f"label {name!r} holds a line break or another character that cannot be printed"
         )
 
-
-def nfc(text):
-    "A letter and its accent as one character (NFC), as many tokenizers read them."
-    return unicodedata.normalize("NFC", text)
-
-
-def _spellings(name):
-    return {
-        nfc(form).casefold() for form in surface_forms(name)
-    }  # two of the dotless ı, whose capital is that of i
+# %% ../../nbs/data/00_labels.ipynb #6cc1c124
+def _spellings(name: str) -> set[str]:
+    "Every surface form of `name`, without differences of case and of stored accents."
+    return {nfc(form).casefold() for form in surface_forms(name)}
 
 
-def _check_distinct(names):
-    seen = {}
+def _check_distinct(names: Iterable[str]):
+    spelled = {}  # spelling -> the label that has it
     for name in names:
-        if same := [seen[form] for form in _spellings(name) if form in seen]:
-            raise ValueError(
-                f"labels {same[0]!r} and {name!r} are the same up to capital letters or how an accent is stored: "
-                "keep one of them"
-            )
-        seen.update(dict.fromkeys(_spellings(name), name))
+        for spelling in _spellings(name):
+            if spelling in spelled:
+                raise ValueError(
+                    f"labels {spelled[spelling]!r} and {name!r} are the same up to capital letters "
+                    "or how an accent is stored: keep one of them"
+                )
+            spelled[spelling] = name
+
+# %% ../../nbs/data/00_labels.ipynb #dcf40cfe
+def _check_labels(names: tuple[str, ...], none: str | None):
+    "Raise `ValueError` or `TypeError` naming the label that cannot be used."
+    for name in names:
+        _check_name(name)
+    if none is not None:
+        _check_name(none)
+        for name in names:
+            if _spellings(name) & _spellings(none):
+                raise ValueError(
+                    f"label {name!r} is called like the outcome {none!r} that says that no label "
+                    "applies: rename the label, or pass another `none=`"
+                )
+    _check_distinct(names)
+    fewest = 2 if none is None else 1
+    if len(names) < fewest:
+        raise ValueError(
+            f"{len(names)} label(s) {list(names)} leave nothing to decide: "
+            "give at least one label beside `none`, or at least two without it"
+        )
+
+# %% ../../nbs/data/00_labels.ipynb #71213cfc
+def _unknown_label(name, names: tuple[str, ...]) -> str:
+    "The message about a label that does not exist, with the nearest one that does."
+    near = difflib.get_close_matches(str(name), names, 1)
+    hint = f", did you mean {near[0]!r}?" if near else ""
+    return f"{name!r} is not one of the labels {list(names)}{hint}"
 
 # %% ../../nbs/data/00_labels.ipynb #426a64ff
 @dataclass(frozen=True)
 class LabelSet:
-    """L label names in a fixed order and the outcome `none` (`None`: exactly one label applies, single-label task).
+    """L label names in a fixed order, and the outcome `none`.
 
-    Raises `ValueError` or `TypeError` naming the label that is empty, doubled, unprintable or called like `none`.
+    Raises `ValueError` or `TypeError` naming the label that is empty, doubled, unprintable or
+    called like `none`.
     """
 
     names: tuple[str, ...]  # the labels Y, in the order of prompts and columns
-    none: str | None = "none"  # the outcome that says that no label applies
+    none: str | None = "none"  # says that no label applies; None: exactly one label applies
 
     def __post_init__(self):
         if isinstance(self.names, str):
             raise TypeError(f"labels must be a list of names, got the string {self.names!r}")
         object.__setattr__(self, "names", tuple(self.names))
-        for name in self.outcomes:
-            _check_name(name)
-        if self.is_multi and (
-            named := [n for n in self.names if _spellings(n) & _spellings(self.none)]
-        ):
-            raise ValueError(
-                f"label {named[0]!r} is called like the outcome {self.none!r} that says that no label "
-                "applies: rename the label, or pass another `none=`"
-            )
-        _check_distinct(self.names)
-        if len(self.names) < (1 if self.is_multi else 2):
-            raise ValueError(
-                f"{len(self.names)} label(s) {list(self.names)} leave nothing to decide: "
-                "give at least one label beside `none`, or at least two without it"
-            )
-
-    @property
-    def outcomes(self) -> tuple[str, ...]:
-        "Y+, what a step may write: the labels in order, then `none` where the task has it."
-        return self.names + ((self.none,) if self.is_multi else ())
+        _check_labels(self.names, self.none)
 
     @property
     def is_multi(self) -> bool:
         "Whether a text may have no label or several."
         return self.none is not None
 
-    def __len__(self):
+    @property
+    def outcomes(self) -> tuple[str, ...]:
+        "Y+, what a step may write: the labels in order, then `none` where the task has it."
+        return (*self.names, self.none) if self.is_multi else self.names
+
+    def __len__(self) -> int:
         return len(self.names)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
-    def __contains__(self, name):
-        return name in self.names
-
     def index(self, name: str) -> int:
-        "The column of `name`; the error for an unknown one suggests the nearest."
-        try:
-            return self.names.index(name)
-        except ValueError:
-            near = difflib.get_close_matches(str(name), self.names, 1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"{name!r} is not one of the labels {list(self.names)}{hint}"
-            ) from None
+        "The column of `name`; raises `ValueError` that suggests the nearest label."
+        if name not in self.names:
+            raise ValueError(_unknown_label(name, self.names))
+        return self.names.index(name)
 
-    def vector(self, labels) -> np.ndarray:
-        "0/1 vector (L,) of a collection of labels; `none` alone is the zero vector."
+    def vector(self, labels: Iterable[str]) -> np.ndarray:
+        "0/1 vector (L,) of a collection of labels; `none` alone gives zeros."
         vector = np.zeros(len(self), dtype=np.uint8)
         for label in labels:
             if self.none is None or label != self.none:
                 vector[self.index(label)] = 1
         return vector
 
-    def chosen(self, vector) -> tuple[str, ...]:
-        "The labels whose entry of a 0/1 vector (L,) is set, in label order."
+    def chosen(self, vector: Iterable[int]) -> tuple[str, ...]:
+        "The labels whose entry in a 0/1 vector (L,) is set, in label order."
         return tuple(name for name, value in zip(self.names, vector, strict=True) if value)
 
-    def reorder(self, names) -> "LabelSet":
-        "The same labels in another order."
+    def reorder(self, names: Iterable[str]) -> "LabelSet":
+        "The same labels in another order; raises `ValueError` for other labels."
         names = tuple(names)
         if sorted(names) != sorted(self.names):
             raise ValueError(f"{list(names)} is no reordering of {list(self.names)}")
         return LabelSet(names, self.none)
-
-    def prefixes(self) -> list[tuple[str, str]]:
-        "Pairs of outcomes of which one begins the other (moral, morality)."
-        pairs = (sorted(pair, key=len) for pair in combinations(self.outcomes, 2))
-        return [
-            (short, long) for short, long in pairs if long.casefold().startswith(short.casefold())
-        ]

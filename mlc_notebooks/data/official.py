@@ -8,10 +8,9 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/data/official.html.md"""
 __all__ = ['load_crowdtruth', 'load_mfrc', 'load_semeval2018', 'load_hatexplain', 'load_boxes', 'load_msp_podcast']
 
 # %% ../../nbs/data/06_official.ipynb #0048c3cb
-import gzip
 import hashlib
 import json
-import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +18,24 @@ import pandas as pd
 import yaml
 
 from .labels import LabelSet
-from .sources import data_file, loader
-from .texts import AnnotatedTexts, texts_from_frame
+from .sources import data_file, loader, read_text
+from mlc_notebooks.data.tables import (
+    join_annotators,
+    stack_votes,
+    texts_from_frame,
+    votes_of_columns,
+)
+from .texts import AnnotatedTexts
 
-# %% ../../nbs/data/06_official.ipynb #84882e3a
+# %% ../../nbs/data/06_official.ipynb #310a5c94
+def _split_of(item: str) -> str:
+    "The split of an item, by the md5 of its id: train 60 %, dev 10 %, test 30 %."
+    bucket = int(hashlib.md5(item.encode()).hexdigest(), 16) % 10
+    if bucket < 6:
+        return "train"
+    return "dev" if bucket == 6 else "test"
+
+
 @loader(
     "crowdtruth_relations",
     "https://github.com/CrowdTruth/Open-Domain-Relation-Extraction",
@@ -30,68 +43,54 @@ from .texts import AnnotatedTexts, texts_from_frame
     "relations",
 )
 def load_crowdtruth(folder: Path) -> dict[str, AnnotatedTexts]:
-    """annotations.csv: item, text, term1, term2, worker, relations (separated by spaces).
-
-    There are no official splits; items fall into train / dev / test (60 / 10 / 30 %) by the md5 of their id.
-    """
-    rows = pd.read_csv(data_file(folder, "annotations.csv"), dtype=str).fillna({"relations": ""})
-    labels = LabelSet(
-        sorted({name for cell in rows["relations"].unique() for name in cell.split()})
-    )
-    rows["votes"] = [labels.vector(cell.split()) for cell in rows["relations"]]
+    "The splits of CrowdTruth's relations by name, from annotations.csv."
+    rows = pd.read_csv(data_file(folder, "annotations.csv"), dtype=str)
+    chosen = rows["relations"].fillna("").str.split()
+    labels = LabelSet(sorted({name for names in chosen for name in names}))
+    rows["votes"] = [labels.vector(names)[None] for names in chosen]
     rows["text"] = rows["text"] + " Terms: " + rows["term1"] + " and " + rows["term2"]
-    items = rows.groupby("item", sort=False).agg(
-        text=("text", "first"), votes=("votes", lambda v: np.stack(list(v)))
-    )
-    items = items.rename_axis("id").reset_index()
-    bucket = items["id"].map(lambda item: int(hashlib.md5(item.encode()).hexdigest(), 16) % 10)
-    parts = {"train": bucket < 6, "dev": bucket == 6, "test": bucket > 6}
+    items = join_annotators(rows, by="item")
+    split = items["id"].map(_split_of)
     return {
-        split: texts_from_frame("crowdtruth", items[member], labels)
-        for split, member in parts.items()
+        name: texts_from_frame("crowdtruth", items[split == name], labels)
+        for name in ("train", "dev", "test")
     }
 
-
+# %% ../../nbs/data/06_official.ipynb #a5c3c909
 _FOUNDATIONS = ("authority", "care", "equality", "loyalty", "proportionality", "purity")
 
 
+def _foundations(cell: str) -> set[str] | None:
+    "The foundations of one annotation; None where it mixes them with another answer."
+    chosen = {name.strip() for name in cell.lower().split(",")}
+    foundations = chosen & set(_FOUNDATIONS)
+    if foundations and chosen & {"thin morality", "non-moral"}:
+        return None
+    return foundations
+
+# %% ../../nbs/data/06_official.ipynb #9a06b679
 @loader(
     "mfrc", "https://huggingface.co/datasets/USC-MOLA-Lab/MFRC", "CC BY 4.0", "moral foundations"
 )
 def load_mfrc(folder: Path) -> dict[str, AnnotatedTexts]:
-    """final_mfrc_data.csv joined by text to splits.yaml.
-
-    Thin Morality and Non-Moral are `none`; an annotation that mixes either with a foundation is dropped.
-    """
-
+    "The splits of MFRC by name, from final_mfrc_data.csv and splits.yaml."
     labels = LabelSet(_FOUNDATIONS)
     rows = pd.read_csv(data_file(folder, "final_mfrc_data.csv"))
-    votes = (
-        rows["annotation"]
-        .str.lower()
-        .str.split(",")
-        .map(lambda cell: {name.strip() for name in cell})
-    )
-    outside = votes.map(lambda chosen: bool(chosen & {"thin morality", "non-moral"}))
-    mixed = outside & votes.map(lambda chosen: bool(chosen & set(labels)))
-    rows["vote"] = [labels.vector(chosen & set(labels)) for chosen in votes]
-    by_text = rows[~mixed].groupby("text")["vote"].agg(lambda v: np.stack(list(v)))
-    path = data_file(folder, "splits.yaml")
-    with (
-        gzip.open(path, "rt", encoding="utf-8")
-        if path.suffix == ".gz"
-        else open(path, encoding="utf-8")
-    ) as file:
-        split_ids = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    frames = {
-        s: pd.DataFrame({"id": ids.values(), "text": ids.keys()}) for s, ids in split_ids.items()
-    }
-    frames = {
-        s: f.assign(votes=f["text"].map(by_text)).dropna(subset="votes") for s, f in frames.items()
-    }
-    return {split: texts_from_frame("mfrc", frame, labels) for split, frame in frames.items()}
+    rows["chosen"] = [_foundations(cell) for cell in rows["annotation"]]
+    rows = rows.dropna(subset="chosen")
+    rows["votes"] = [labels.vector(chosen)[None] for chosen in rows["chosen"]]
+    votes = rows.groupby("text")["votes"].agg(stack_votes)
 
+    fast = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # written in C, where there is one
+    split_ids = yaml.load(read_text(folder, "splits.yaml"), Loader=fast)
+    splits = {}
+    for split, ids in split_ids.items():
+        items = pd.DataFrame({"id": list(ids.values()), "text": list(ids)})
+        items["votes"] = items["text"].map(votes)
+        splits[split] = texts_from_frame("mfrc", items.dropna(subset="votes"), labels)
+    return splits
 
+# %% ../../nbs/data/06_official.ipynb #868fae8d
 @loader(
     "semeval2018",
     "https://competitions.codalab.org/competitions/17751",
@@ -99,51 +98,40 @@ def load_mfrc(folder: Path) -> dict[str, AnnotatedTexts]:
     "emotions",
 )
 def load_semeval2018(folder: Path) -> dict[str, AnnotatedTexts]:
-    "English/E-c/2018-E-c-En-{train,dev,test-gold}.txt: ID, Tweet, then eleven 0/1 columns; aggregated."
+    "The splits of SemEval-2018 E-c by name, from English/E-c/2018-E-c-En-*.txt."
     splits = {}
     for split, part in {"train": "train", "dev": "dev", "test": "test-gold"}.items():
-        rows = pd.read_csv(
-            data_file(folder, f"English/E-c/2018-E-c-En-{part}.txt"), sep="\t", quoting=3
-        )
-        labels = LabelSet([c for c in rows if c not in ("ID", "Tweet")])
-        frame = rows.rename(columns={"ID": "id", "Tweet": "text"})
-        splits[split] = texts_from_frame(
-            "semeval2018", frame.assign(votes=_rows(rows, labels)), labels, aggregated=True
-        )
+        path = data_file(folder, f"English/E-c/2018-E-c-En-{part}.txt")
+        rows = pd.read_csv(path, sep="\t", quoting=3).rename(columns={"ID": "id", "Tweet": "text"})
+        labels = LabelSet([column for column in rows if column not in ("id", "text")])
+        rows["votes"] = votes_of_columns(rows, labels)
+        splits[split] = texts_from_frame("semeval2018", rows, labels, aggregated=True)
     return splits
 
-
-def _rows(frame, labels):
-    "Each row's 0/1 label columns as one annotator (1, L)."
-    return [row[None] for row in frame[list(labels)].to_numpy(np.uint8)]
-
-
-def _read_json(path):
-    with (
-        gzip.open(path, "rt", encoding="utf-8")
-        if path.suffix == ".gz"
-        else open(path, encoding="utf-8")
-    ) as file:
-        return json.load(file)
-
-
+# %% ../../nbs/data/06_official.ipynb #57e7b030
 @loader("hatexplain", "https://github.com/hate-alert/HateXplain", "MIT", "classes")
 def load_hatexplain(folder: Path) -> dict[str, AnnotatedTexts]:
-    "dataset.json and post_id_divisions.json; single-label: hatespeech, normal or offensive, three annotators."
-    posts, divisions = (
-        _read_json(data_file(folder, "dataset.json")),
-        _read_json(data_file(folder, "post_id_divisions.json")),
-    )
+    "The splits of HateXplain by name, from dataset.json and post_id_divisions.json."
+    posts = json.loads(read_text(folder, "dataset.json"))
+    divisions = json.loads(read_text(folder, "post_id_divisions.json"))
     labels = LabelSet(["hatespeech", "normal", "offensive"], none=None)
     splits = {}
     for split, part in {"train": "train", "dev": "val", "test": "test"}.items():
-        ids = [i for i in divisions[part] if i in posts]
-        votes = [
-            np.stack([labels.vector([a["label"]]) for a in posts[i]["annotators"]]) for i in ids
-        ]
-        texts = [" ".join(posts[i]["post_tokens"]) for i in ids]
+        ids = [item for item in divisions[part] if item in posts]
+        texts = []
+        votes = []
+        for item in ids:
+            texts.append(" ".join(posts[item]["post_tokens"]))
+            answers = [labels.vector([one["label"]]) for one in posts[item]["annotators"]]
+            votes.append(np.stack(answers))
         splits[split] = AnnotatedTexts("hatexplain", ids, texts, labels, votes)
     return splits
+
+# %% ../../nbs/data/06_official.ipynb #c4c1cf95
+def _box_contents(phrase: str, none: str) -> list[str]:
+    "The objects in a phrase such as `the apple and the key`."
+    things = [thing for thing in phrase.split(" and ") if thing and thing != none]
+    return [thing.removeprefix("the ") for thing in things]
 
 
 @loader(
@@ -153,35 +141,57 @@ def load_hatexplain(folder: Path) -> dict[str, AnnotatedTexts]:
     "objects",
 )
 def load_boxes(folder: Path, moved_contents: bool = False) -> dict[str, AnnotatedTexts]:
-    "The official jsonl of entity tracking: which objects are in the box that the text ends with? Answers are certain."
-    root = folder / f"few_shot_boxes_nso_exp2_max3{'_move_contents' if moved_contents else ''}"
-    labels = LabelSet(
-        [n.strip() for n in data_file(folder, "objects.txt").read_text().split(",")], none="nothing"
-    )
+    """The splits of the official Boxes by name.
+
+    Reads objects.txt and the jsonl files of `few_shot_boxes_nso_exp2_max3`, or of its variant in
+    which the contents of boxes are moved.
+    """
+    variant = "_move_contents" if moved_contents else ""
+    root = folder / f"few_shot_boxes_nso_exp2_max3{variant}"
+    objects = [name.strip() for name in read_text(folder, "objects.txt").split(",")]
+    labels = LabelSet(objects, none="nothing")
+    parts = {"train": "train-subset", "dev": "dev", "test": "test-subsample-states"}
     splits = {}
-    for split, part in {
-        "train": "train-subset",
-        "dev": "dev",
-        "test": "test-subsample-states",
-    }.items():
+    for split, part in parts.items():
         rows = pd.read_json(data_file(root, f"{part}-t5.jsonl"), lines=True)
-        asked = rows["sentence_masked"].str.split("<extra_id_0>").str[0].str.strip()
-        listed = rows["masked_content"].str.removeprefix("<extra_id_0>").str.strip()
-        contents = listed.map(
-            lambda said: [
-                re.sub(r"^the ", "", thing)
-                for thing in said.split(" and ")
-                if thing and thing != labels.none
-            ]
-        )
-        ids = rows["sample_id"].astype(str) + "-" + rows.groupby("sample_id").cumcount().astype(str)
-        frame = pd.DataFrame(
-            {"id": ids, "text": asked, "votes": [labels.vector(c)[None] for c in contents]}
-        )
-        splits[split] = texts_from_frame("boxes", frame, labels, aggregated=True)
+        splits[split] = texts_from_frame("boxes", _box_items(rows, labels), labels, aggregated=True)
     return splits
 
 
+def _box_items(rows: pd.DataFrame, labels: LabelSet) -> pd.DataFrame:
+    "Items (id, text, votes); a story's id is numbered on, since it asks about several boxes."
+    question = rows.groupby("sample_id").cumcount().astype(str)
+    phrases = rows["masked_content"].str.removeprefix("<extra_id_0>").str.strip()
+    contents = [_box_contents(phrase, labels.none) for phrase in phrases]
+    return pd.DataFrame(
+        {
+            "id": rows["sample_id"].astype(str) + "-" + question,
+            "text": rows["sentence_masked"].str.split("<extra_id_0>").str[0].str.strip(),
+            "votes": [labels.vector(things)[None] for things in contents],
+        }
+    )
+
+# %% ../../nbs/data/06_official.ipynb #d49e3e5c
+def _before_other(cell: str) -> list[str]:
+    "The labels in a cell, before the first that begins with Other."
+    names = []
+    for name in cell.split(","):
+        name = name.strip()
+        if name.startswith("Other"):
+            break
+        if name:
+            names.append(name)
+    return names
+
+
+def _msp_labels(chosen: Iterable[list[str]], several: bool) -> LabelSet:
+    "The labels that occur, in alphabetical order."
+    used = {name for names in chosen for name in names}
+    if several:
+        return LabelSet(sorted(used - {"Neutral"}))
+    return LabelSet(sorted(used), none=None)
+
+# %% ../../nbs/data/06_official.ipynb #2971bbf4
 @loader(
     "msp_podcast",
     "https://www.lab-msp.com/MSP/MSP-Podcast.html",
@@ -189,40 +199,28 @@ def load_boxes(folder: Path, moved_contents: bool = False) -> dict[str, Annotate
     "emotions",
 )
 def load_msp_podcast(folder: Path, several: bool = True) -> dict[str, AnnotatedTexts]:
-    """labels_detailed.csv, labels_consensus.csv, transcripts.csv; each annotator's several labels or the single one.
+    """The splits of MSP-Podcast by name: each annotator's several labels, or the single one.
 
-    Several labels: "Neutral" alone is `none`, and what follows "Other" is dropped. Single label: "Other" is dropped.
+    Reads Labels/labels_detailed.csv, Labels/labels_consensus.csv and transcripts.csv.
     """
     rows = pd.read_csv(data_file(folder, "Labels/labels_detailed.csv"), index_col=0)
-    parts = rows["EmoDetail"].str.split(";")
-    chosen = parts.str[2 if several else 1].map(
-        lambda cell: _before_other([n.strip() for n in cell.split(",")])
-    )
-    names = sorted({n for row in chosen for n in row} - ({"Neutral"} if several else set()))
-    labels = LabelSet(names, none="none" if several else None)
-    chosen = (
-        chosen.map(lambda row: [n for n in row if n in labels])
-        if several
-        else chosen[chosen.map(bool)]
-    )
-    votes = chosen.map(labels.vector).groupby(level=0).agg(lambda v: np.stack(list(v)))
-    items = (
-        pd.read_csv(data_file(folder, "Labels/labels_consensus.csv"))
-        .set_index("FileName")["Split_Set"]
-        .to_frame()
-    )
-    spoken = pd.read_csv(data_file(folder, "transcripts.csv"), dtype=str).set_index("id")["text"]
-    items["text"] = items.index.str.removesuffix(".wav").map(spoken)
-    items["votes"] = items.index.map(votes)
-    items = items.dropna().rename_axis("id").reset_index()
-    of_split = {"train": "Train", "dev": "Development", "test": "Test1"}
+    cells = rows["EmoDetail"].str.split(";")
+    chosen = cells.str[2 if several else 1].map(_before_other)
+    labels = _msp_labels(chosen, several)
+    if not several:
+        chosen = chosen[chosen.map(len) > 0]
+    known = chosen.map(lambda names: [name for name in names if name in labels])
+    votes = known.map(lambda names: labels.vector(names)[None])
+
+    items = pd.read_csv(data_file(folder, "Labels/labels_consensus.csv"))
+    items = items[["FileName", "Split_Set"]].rename(columns={"FileName": "id"})
+    spoken = pd.read_csv(data_file(folder, "transcripts.csv"), dtype=str)
+    spoken = spoken.set_index("id")["text"]
+    items["text"] = items["id"].str.removesuffix(".wav").map(spoken)
+    items["votes"] = items["id"].map(votes.groupby(level=0).agg(stack_votes))
+    items = items.dropna()
+    parts = {"train": "Train", "dev": "Development", "test": "Test1"}
     return {
-        s: texts_from_frame("msp_podcast", items[items["Split_Set"] == part], labels)
-        for s, part in of_split.items()
+        split: texts_from_frame("msp_podcast", items[items["Split_Set"] == part], labels)
+        for split, part in parts.items()
     }
-
-
-def _before_other(names):
-    "The labels before the first that begins with Other."
-    stop = next((i for i, name in enumerate(names) if name.startswith("Other")), len(names))
-    return [name for name in names[:stop] if name]

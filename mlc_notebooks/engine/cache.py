@@ -9,6 +9,7 @@ __all__ = ['Slots', 'SlotLayer', 'cache_name']
 
 # %% ../../nbs/engine/03_cache.ipynb #1b066306
 import inspect
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -16,48 +17,69 @@ from transformers.cache_utils import DynamicLayer
 
 # %% ../../nbs/engine/03_cache.ipynb #94ea0036
 class Slots:
-    "Which slots of a tree are taken, and where the tokens of the present pass go; `room` are those that buffers begin with."
+    "Which slots of a tree are taken; `room` is how many its buffers have from the start."
 
     def __init__(self, room: int):
-        self.room, self.end, self.free, self.into = room, 0, [], slice(0, 0)
+        self.room = room
+        self.end = 0  # all slots that were ever taken come before it
+        self.free = []  # slots before the end that nobody has, the highest first
+        self.into = slice(0, 0)  # where the tokens of the present pass go
+        self.positions = np.zeros(0, int)  # of the tokens in the slots before the end
 
     def take(self, count: int) -> np.ndarray:
-        "As many slots, freed ones first."
+        "So many slots, freed ones first."
         again = [self.free.pop() for _ in range(min(count, len(self.free)))]
-        taken = np.array([*again, *range(self.end, self.end + count - len(again))], int)
-        self.end += count - len(again)
-        self.into = (
-            slice(int(taken[0]), int(taken[-1]) + 1)
-            if (np.diff(taken) == 1).all()
-            else torch.from_numpy(taken)
-        )
+        more = count - len(again)
+        taken = np.array([*again, *range(self.end, self.end + more)], int)
+        self.end += more
+        in_a_row = (np.diff(taken) == 1).all()
+        if in_a_row:
+            self.into = slice(int(taken[0]), int(taken[-1]) + 1)
+        else:
+            self.into = torch.from_numpy(taken)
         return taken
 
-    def give_back(self, slots):
+    def give_back(self, slots: Iterable[int]):
+        "Free these slots."
         self.free = sorted([*self.free, *slots], reverse=True)
 
+    def set_positions(self, slots: np.ndarray, positions: Sequence[int]):
+        "Say where in its text each of these slots' tokens stands."
+        new = np.zeros(self.end - len(self.positions), int)
+        self.positions = np.concatenate([self.positions, new])
+        self.positions[slots] = positions
 
+# %% ../../nbs/engine/03_cache.ipynb #34322fc0
 class SlotLayer(DynamicLayer):
-    """Keys and values of one layer in buffers (slots, key heads, d), written in place.
-
-    They are as large as is usually needed from the start: memory that is not written takes none, but what a smaller buffer
-    leaves behind when it grows stays with the process.
-    """
+    "Keys and values of one layer in buffers (slots, key heads, d), written in place."
 
     def __init__(self, slots: Slots):
         super().__init__()
-        self.slots, self.known = slots, 0  # slots that have been written
+        self.slots = slots
+        self.known = 0  # slots that have been written
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all slots (slots, key heads, d).
+
+        Those of the new tokens (tokens, key heads, d) are put into the slots taken last.
+        """
+        self.is_initialized = True
+        self.keys = self._written(self.keys, keys)
+        self.values = self._written(self.values, values)
+        self.known = max(self.known, self.slots.end)
+        return self.keys[: self.slots.end], self.values[: self.slots.end]
 
     def _written(self, buffer, states):
         "The buffer, made larger where it must be, with the new states in it."
-        end, buffer = self.slots.end, states[:0] if buffer is None else buffer
+        end = self.slots.end
+        if buffer is None:
+            buffer = states[:0]
         if end > len(buffer):
-            larger = buffer.new_empty((max(self.slots.room, int(1.25 * end)), *buffer.shape[1:]))
+            room = max(self.slots.room, int(1.25 * end))
+            larger = buffer.new_empty((room, *buffer.shape[1:]))
             larger[: self.known] = buffer[: self.known]
             buffer = larger
-        buffer[self.known : end] = (
-            0  # a pass that fails midway leaves no garbage for those after it
-        )
+        buffer[self.known : end] = 0  # a pass that fails midway leaves no garbage for the next
         into = self.slots.into
         if isinstance(into, slice):
             buffer[into] = states
@@ -65,19 +87,10 @@ class SlotLayer(DynamicLayer):
             buffer.index_copy_(0, into.to(buffer.device), states)
         return buffer
 
-    def append(self, keys, values) -> tuple[torch.Tensor, torch.Tensor]:
-        "Keys and values of all slots (slots, key heads, d), with those of the new tokens (tokens, key heads, d) in their place."
-        self.is_initialized = True
-        self.keys, self.values = self._written(self.keys, keys), self._written(self.values, values)
-        self.known = max(self.known, self.slots.end)
-        return self.keys[: self.slots.end], self.values[: self.slots.end]
-
     def update(self, keys, values, *args, **kwargs):
         "The same for the models' own code: (1, key heads, tokens, d)."
-        return tuple(
-            buffer.transpose(0, 1)[None]
-            for buffer in self.append(*(states[0].transpose(0, 1) for states in (keys, values)))
-        )
+        kept = self.append(keys[0].transpose(0, 1), values[0].transpose(0, 1))
+        return tuple(buffer.transpose(0, 1)[None] for buffer in kept)
 
     def get_seq_length(self):
         return self.slots.end
@@ -85,7 +98,8 @@ class SlotLayer(DynamicLayer):
     def get_mask_sizes(self, query_length):
         return self.slots.end, 0
 
-
+# %% ../../nbs/engine/03_cache.ipynb #3f22c7f6
 def cache_name(model: torch.nn.Module) -> str:
-    "What the model calls its cache: newer versions of transformers renamed the argument."
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    "What the model calls its cache argument: newer versions of transformers renamed it."
+    names = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"

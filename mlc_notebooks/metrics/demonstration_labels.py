@@ -14,13 +14,13 @@ import numpy as np
 import pandas as pd
 
 from ..data.boxes import BOX_OBJECTS
+from ..data.demonstrations import demonstrations_for
 from ..data.labels import LabelSet
 from ..data.texts import AnnotatedTexts, rename_labels
 from mlc_notebooks.metrics.experiments import (
     Condition,
     check_experiment,
     check_values,
-    draw_shown,
     probe_each,
 )
 from .phenomenon import summarise
@@ -32,64 +32,116 @@ from ..probing.trace import Trace
 
 # %% ../../nbs/metrics/10_demonstration_labels.ipynb #c9cf480c
 def derangement(labels: LabelSet, seed: int = 0) -> dict[str, str]:
-    """Another label for each label, one to one: a permutation without fixed point, all equally likely. `none` has no part.
+    """Another label for each label, one to one: a permutation without a fixed point.
 
-    Raises `ValueError` for a single label.
+    All of these are equally likely. `none` has no part. Raises `ValueError` for a single label.
     """
     if len(labels) < 2:
         raise ValueError(
-            f"there is no other label to put in the place of {labels.names[0]!r}: give a task with two or more"
+            f"there is no other label to put in the place of {labels.names[0]!r}: "
+            "give a task with two or more"
         )
-    rng, names = np.random.default_rng(seed), np.array(labels.names)
-    while (
-        (shown := rng.permutation(names)) == names
-    ).any():  # about 2.7 draws on average, whatever the number of labels
-        pass
-    return dict(zip(names.tolist(), shown.tolist()))
+    rng = np.random.default_rng(seed)
+    names = np.array(labels.names)
+    shuffled = rng.permutation(names)
+    while (shuffled == names).any():  # about 2.7 draws on average, for any number of labels
+        shuffled = rng.permutation(names)
+    return dict(zip(names.tolist(), shuffled.tolist()))
 
-
+# %% ../../nbs/metrics/10_demonstration_labels.ipynb #f3f4c8e8
 def flip_demonstrations(
-    demonstrations, labels: LabelSet, swaps: dict[str, str]
+    demonstrations: Sequence[tuple[str, Sequence[str]]], labels: LabelSet, swaps: dict[str, str]
 ) -> list[tuple[str, tuple[str, ...]]]:
-    "The pairs (text, labels) with every label replaced by swaps[label], listed in label order; no label stays no label."
-    return [
-        (text, labels.chosen(labels.vector(swaps[name] for name in chosen)))
-        for text, chosen in demonstrations
-    ]
+    """The demonstrations (text, labels) with every label replaced by swaps[label], in label order.
+
+    No label stays no label.
+    """
+    flipped = []
+    for text, chosen in demonstrations:
+        replaced = labels.vector(swaps[name] for name in chosen)
+        flipped.append((text, labels.chosen(replaced)))
+    return flipped
 
 # %% ../../nbs/metrics/10_demonstration_labels.ipynb #f0e510fb
 def unrelated_words(lm: LM, labels: LabelSet, seed: int = 0, fmt: str = "json") -> list[str]:
-    """As many everyday objects as there are labels, in alphabetical order, none of them a label, no two with the same first
-    token in `fmt`. Raises `ValueError` where there are too few."""
+    """As many everyday objects as there are labels, in alphabetical order.
+
+    None of them is a label, and no two have the same first token in the format `fmt`. Raises
+    `ValueError` where there are too few.
+    """
     taken = {name.casefold() for name in labels.outcomes}
     words = [word for word in BOX_OBJECTS if word not in taken]
-    alike = {
-        word
-        for pair in AnswerTokens(lm, LabelSet(words, labels.none), fmt).collisions()
-        for word in pair
-    }
+    answer_tokens = AnswerTokens(lm, LabelSet(words, labels.none), fmt)
+    alike = {word for pair in answer_tokens.collisions() for word in pair}
     words = [word for word in words if word not in alike]
     if len(words) < len(labels):
         raise ValueError(
-            f"{len(words)} words begin differently for {lm.name}, too few for {len(labels)} labels: leave out "
-            "the kind 'unrelated', or rename the labels yourself with `rename_labels`"
+            f"{len(words)} words begin differently for {lm.name}, too few for {len(labels)} "
+            "labels: leave out the kind 'unrelated', or rename the labels with `rename_labels`"
         )
-    return sorted(np.random.default_rng(seed).choice(words, len(labels), replace=False).tolist())
+    chosen = np.random.default_rng(seed).choice(words, len(labels), replace=False)
+    return sorted(chosen.tolist())
+
+# %% ../../nbs/metrics/10_demonstration_labels.ipynb #ba5a6789
+def _at_step_one(trace: Trace, wanted: pd.DataFrame) -> pd.DataFrame:
+    "The summed probability of the wanted labels at step 1, mean over items that have some."
+    first = trace.probs[trace.steps["step"] == 1, : len(trace.labels)]
+    summed = (first * wanted.to_numpy()).sum(axis=1)
+    tidy = pd.DataFrame({"example": wanted.index, "probability at step 1": summed})
+    has_some = wanted.any(axis=1).to_numpy()
+    return mean_table(tidy[has_some], ["probability at step 1"])
+
+
+def _of_written(written: pd.DataFrame, wanted: pd.DataFrame) -> pd.DataFrame:
+    "The share of the written labels that are wanted; both 0/1 (n, L)."
+    rows = []
+    for item, row in written.iterrows():
+        for name in row.index[row == 1]:
+            rows.append((item, wanted.at[item, name]))
+    tidy = pd.DataFrame(rows, columns=["example", "share of written labels"])
+    return mean_table(tidy, ["share of written labels"])
+
+# %% ../../nbs/metrics/10_demonstration_labels.ipynb #a683f214
+def _following(
+    trace: Trace, task: AnnotatedTexts, gold: pd.DataFrame, swaps: dict[str, str]
+) -> pd.DataFrame:
+    "How far answers and step 1 go with gold (0/1, (n, L)) and with deranged gold labels."
+    names = list(task.labels)
+    # an unrelated word counts for the label that it stands for
+    written = trace.predictions().set_axis(names, axis=1)
+    passed_back = written[[swaps[name] for name in names]].set_axis(names, axis=1)
+    targets = {
+        "gold": (written, gold),
+        "deranged gold": (passed_back, gold.rename(columns=swaps)[names]),
+    }
+    tables = []
+    for target, (answers, wanted) in targets.items():
+        metrics = prediction_metrics(answers, task).loc[["example-F1", "micro-F1"]]
+        metrics = metrics.rename_axis("quantity").reset_index()
+        parts = [metrics, _at_step_one(trace, wanted), _of_written(written, wanted)]
+        table = pd.concat(parts, ignore_index=True)
+        tables.append(table.assign(quantity=table["quantity"] + f", {target}"))
+
+    outputs = summarise(trace, steps=0)
+    outputs = outputs.loc[["share of outputs with none", "share of irregular outputs"]]
+    return pd.concat([*tables, outputs.reset_index()], ignore_index=True)
 
 # %% ../../nbs/metrics/10_demonstration_labels.ipynb #496ff5dd
 DEMONSTRATION_KINDS = ("gold", "flipped", "unrelated")
 
 
-def _label_condition(lm, task, kind, shots, seed, multi_share, fmt) -> Condition:
+def _label_condition(
+    lm: LM, task: AnnotatedTexts, kind: str, shots: int, seed: int, multi_share: float, fmt: str
+) -> Condition:
     "The prompt of one kind; all kinds of a seed show the same texts."
     if kind == "unrelated":
         task = rename_labels(task, unrelated_words(lm, task.labels, seed, fmt))
-    shown = draw_shown(task, shots, seed, multi_share)
+    shown = demonstrations_for(task, shots, seed, multi_share)
     if kind == "flipped":
         shown = flip_demonstrations(shown, task.labels, derangement(task.labels, seed))
     return Condition({"kind": kind, "seed": seed}, task, shown)
 
-
+# %% ../../nbs/metrics/10_demonstration_labels.ipynb #b511894d
 def vary_demonstration_labels(
     lm: LM,
     task: AnnotatedTexts,  # with a train split
@@ -98,88 +150,39 @@ def vary_demonstration_labels(
     seeds: Sequence[int] = (0,),  # of the demonstrations, the derangement and the unrelated words
     **probe_options,  # of `probe_steps`
 ) -> pd.DataFrame:
-    """Do answers follow the demonstrations or the meaning of the labels (Wei et al. 2023)?
+    """Whether answers follow the demonstrations or the meaning of the labels (Wei et al. 2023).
 
-    Kinds: gold, the demonstrations as they are; flipped, each of their labels replaced through `derangement(labels, seed)`,
-    the instruction unchanged, no label stays no label; unrelated, labels called by `unrelated_words` in instruction and
-    demonstrations, outputs mapped back to the labels before anything is measured.
+    Kinds: gold, the demonstrations as they are; flipped, each of their labels replaced through
+    `derangement(labels, seed)`, the instruction unchanged; unrelated, labels called by
+    `unrelated_words` in instruction and demonstrations, outputs mapped back to the labels.
 
-    Columns kind, seed, quantity, value, low, high, n. Each quantity is taken against the gold labels (", gold") and against
-    the gold labels passed through the seed's derangement (", deranged gold"), in every kind:
+    Columns: kind, seed, quantity, value, low, high and n. Each quantity is taken against the gold
+    labels (", gold") and against the seed's deranged gold labels (", deranged gold"):
     - example-F1 and micro-F1 of the written labels;
-    - probability at step 1: the summed probability (softmax over Y+) of these labels, mean over items with gold labels;
-    - share of written labels: how many of all labels written, in any item, are among these; n counts items that wrote one.
-    Beside them, against nothing: share of outputs with none, share of irregular outputs (broken format, invented label).
+    - probability at step 1: the summed probability (softmax over Y+) of these labels, mean over
+      items with gold labels;
+    - share of written labels: how many of all labels written, in any item, are among these; n
+      counts items that wrote one.
+    Beside them: share of outputs with none, share of irregular outputs.
 
-    Raises `ValueError`, before the model runs, for an unknown kind, shots below 1, a task of one label, without train split
-    or without gold labels, too few unrelated words, and a train split with too few texts of a kind.
+    Raises `ValueError`, before the model runs, for an unknown kind, shots below 1, a task of one
+    label, without train split or without gold labels, too few unrelated words, and a train split
+    with too few texts of a kind.
     """
-    multi_share, fmt = probe_options.pop("multi_share", 0.5), probe_options.get("fmt", "json")
+    multi_share = probe_options.pop("multi_share", 0.5)
+    fmt = probe_options.get("fmt", "json")
+    known = list(DEMONSTRATION_KINDS)
     check_experiment(task, [shots], seeds, probe_options)
-    check_values(
-        "kinds", kinds, DEMONSTRATION_KINDS.__contains__, f"choose from {list(DEMONSTRATION_KINDS)}"
-    )
-    gold, swaps = task.majority(), {seed: derangement(task.labels, seed) for seed in seeds}
-    conditions = [
-        _label_condition(lm, task, kind, shots, seed, multi_share, fmt)
-        for kind in kinds
-        for seed in seeds
-    ]
-
-    def measure(trace, condition):
-        return _following(trace, task, gold, swaps[condition.keys["seed"]])
-
-    return probe_each(lm, conditions, measure, **probe_options)
-
-# %% ../../nbs/metrics/10_demonstration_labels.ipynb #ba5a6789
-def _following(
-    trace: Trace, task: AnnotatedTexts, gold: pd.DataFrame, swaps: dict[str, str]
-) -> pd.DataFrame:
-    "Scores, step-1 probability and written labels against gold and deranged gold labels; gold: 0/1 (n, L)."
-    names = list(task.labels)
-    written = trace.predictions().set_axis(
-        names, axis=1
-    )  # an unrelated word counts for the label it stands for
-    passed_back = written[[swaps[name] for name in names]].set_axis(names, axis=1)
-    targets = {"gold": gold, "deranged gold": gold.rename(columns=swaps)[names]}
-    tables = []
-    for answers, (target, wanted) in zip((written, passed_back), targets.items()):
-        scores = (
-            prediction_metrics(answers, task)
-            .loc[["example-F1", "micro-F1"]]
-            .rename_axis("quantity")
-            .reset_index()
-        )
-        table = pd.concat(
-            [scores, _at_step_one(trace, wanted), _of_written(written, wanted)], ignore_index=True
-        )
-        tables.append(table.assign(quantity=table["quantity"] + f", {target}"))
-    outputs = (
-        summarise(trace, steps=0)
-        .loc[["share of outputs with none", "share of irregular outputs"]]
-        .reset_index()
-    )
-    return pd.concat([*tables, outputs], ignore_index=True)
-
-
-def _at_step_one(trace: Trace, wanted: pd.DataFrame) -> pd.DataFrame:
-    "Mean over items with wanted labels of their summed probability at step 1; wanted: 0/1 (n, L)."
-    first = trace.probs[trace.steps["step"] == 1, : len(trace.labels)]
-    summed = (first * wanted.to_numpy()).sum(axis=1)
-    tidy = pd.DataFrame({"example": wanted.index, "probability at step 1": summed})[
-        wanted.any(axis=1).to_numpy()
-    ]
-    return mean_table(tidy, ["probability at step 1"])
-
-
-def _of_written(written: pd.DataFrame, wanted: pd.DataFrame) -> pd.DataFrame:
-    "Share of the labels written that are wanted; both 0/1 (n, L)."
-    rows = [
-        (item, wanted.at[item, name])
-        for item, row in written.iterrows()
-        for name in row.index[row == 1]
-    ]
-    return mean_table(
-        pd.DataFrame(rows, columns=["example", "share of written labels"]),
-        ["share of written labels"],
+    check_values("kinds", kinds, known.__contains__, f"choose from {known}")
+    gold = task.majority()
+    swaps = {seed: derangement(task.labels, seed) for seed in seeds}
+    conditions = []
+    for kind in kinds:
+        for seed in seeds:
+            conditions.append(_label_condition(lm, task, kind, shots, seed, multi_share, fmt))
+    return probe_each(
+        lm,
+        conditions,
+        lambda trace, condition: _following(trace, task, gold, swaps[condition.keys["seed"]]),
+        **probe_options,
     )

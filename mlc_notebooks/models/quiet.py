@@ -1,4 +1,4 @@
-"""Silence for the transformers library while our own bars tell what is going on
+"""Silence for the transformers library while our own progress bars run
 
 Docs: https://mlc-notebooks.github.io/mlc_notebooks/models/quiet.html.md"""
 
@@ -9,13 +9,13 @@ __all__ = ['quiet_transformers']
 
 # %% ../../nbs/models/00_quiet.ipynb #8e30012a
 import contextlib
-
-from transformers.utils import logging
+from collections.abc import Iterator
 
 # %% ../../nbs/models/00_quiet.ipynb #5794fb83
 @contextlib.contextmanager
-def quiet_transformers():
-    "No progress bars of the library inside, since ours tell what is going on."
+def quiet_transformers() -> Iterator[None]:
+    "A context in which the transformers library shows no progress bars."
+    from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -7,6 +7,7 @@ from . import steps as steps
 from .reading import FormTrie as FormTrie
 from .reading import Step as Step
 from .reading import StepReader as StepReader
+from .reading import p_go as p_go
 from .reading import read_steps as read_steps
 from .decoding import Decoded as Decoded
 from .decoding import NEAR_TIE as NEAR_TIE
@@ -14,14 +15,12 @@ from .decoding import free_decoder as free_decoder
 from .decoding import guided_decoder as guided_decoder
 from .trace import STEP_COLUMNS as STEP_COLUMNS
 from .trace import Trace as Trace
-from .trace import provenance as provenance
 from .asking import ListQuestions as ListQuestions
 from .asking import as_task as as_task
 from .asking import ask_for_lists as ask_for_lists
 from .asking import check_choice as check_choice
 from .asking import check_collisions as check_collisions
 from .asking import list_settings as list_settings
-from .internals import StepPosition as StepPosition
 from .internals import attention_shares as attention_shares
 from .internals import read_states as read_states
 from .steps import probe_steps as probe_steps

@@ -9,23 +9,28 @@ __all__ = ['as_task', 'check_choice', 'check_collisions', 'ListQuestions', 'ask_
 
 # %% ../../nbs/probing/03_asking.ipynb #5e82999f
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from ..data.answers import AnswerFormat
-from ..data.demonstrations import draw_demonstrations
+from ..data.demonstrations import demonstrations_for
 from ..data.labels import LabelSet
 from ..data.prompts import Template, check_texts, list_prompts
-from ..data.texts import AnnotatedTexts
+from ..data.texts import AnnotatedTexts, unannotated
 from ..engine.runs import digest, run_settings
 from ..engine.tree import TokenRows
 from ..models.lm import LM
 from ..models.tokens import AnswerTokens
 
 # %% ../../nbs/probing/03_asking.ipynb #438400f4
-def as_task(texts, labels):
-    "An `AnnotatedTexts` from one, or from plain strings and labels."
+def as_task(
+    texts: AnnotatedTexts | Sequence[str], labels: LabelSet | Sequence[str] | None
+) -> AnnotatedTexts:
+    """The task itself, or texts without annotations from plain strings and labels.
+
+    Raises `ValueError` where strings have no labels or a task is given other ones, `TypeError` for
+    one string in place of a list.
+    """
     if isinstance(texts, AnnotatedTexts):
         if labels is not None:
             raise ValueError("the texts carry labels already: pass labels= only with plain strings")
@@ -34,54 +39,108 @@ def as_task(texts, labels):
         raise TypeError("texts is one string: pass a list of strings")
     if labels is None:
         raise ValueError("plain strings need labels=, a list of names or a LabelSet")
-    labels, texts = labels if isinstance(labels, LabelSet) else LabelSet(labels), list(texts)
-    nobody = [np.zeros((0, len(labels)), np.uint8)] * len(texts)
-    return AnnotatedTexts("texts", [str(i) for i in range(len(texts))], texts, labels, nobody)
 
+    if not isinstance(labels, LabelSet):
+        labels = LabelSet(labels)
+    return unannotated(texts, labels)
 
-def check_choice(name, value, choices):
+# %% ../../nbs/probing/03_asking.ipynb #1b6750a0
+def check_choice(name: str, value: object, choices: Sequence) -> None:
+    "Nothing. Raises `ValueError` where the option `name` has none of these values."
     if value not in choices:
         raise ValueError(f"unknown {name} {value!r}: choose one of {list(choices)}")
 
 
-def check_collisions(tokens, collisions):
+def check_collisions(answer_tokens: AnswerTokens, collisions: str) -> None:
+    "Nothing. Raises `ValueError`, or warns, where labels share their first token."
     check_choice("collisions", collisions, ("error", "warn"))
     if collisions == "error":
-        tokens.check_first_tokens()
-    elif pairs := tokens.collisions():
+        answer_tokens.check_first_tokens()
+        return
+
+    pairs = answer_tokens.collisions()
+    if pairs:
         warnings.warn(
             f"these share a first token and so their first_token values: {pairs}", stacklevel=3
         )
 
-
-def _demonstrations(task, shots, seed, multi_share, given):
-    "What the prompts show: as given, or drawn from the train split without any text of the task."
-    if given is not None:
-        return list(given)
-    if shots < 0:
-        raise ValueError(f"shots is {shots}: give 0 or more")
-    if shots and task.pool is None:
-        raise ValueError(
-            f"{task.name} has no train split to draw {shots} demonstrations from: pass shots=0, "
-            "demonstrations=, or a task with a train split"
-        )
-    return (
-        draw_demonstrations(task.pool, shots, seed, multi_share, exclude=task.texts)
-        if shots
-        else []
-    )
-
-
+# %% ../../nbs/probing/03_asking.ipynb #fe3553a6
 @dataclass
 class ListQuestions:
-    "The prompts that ask for each text's list of labels, as text and ids."
+    "The prompts that ask for each text's list of labels, as text and as token ids."
 
-    tokens: AnswerTokens  # what the answers look like
+    answer_tokens: AnswerTokens  # what the answers look like
     prompts: list
     rows: TokenRows
-    flags: list[set]  # per text: text_truncated, boundary_merged
+    flags: list[set[str]]  # per text: text_truncated, boundary_merged
+
+    @property
+    def tokens(self) -> AnswerTokens:  # until all who ask use the other name
+        return self.answer_tokens
+
+# %% ../../nbs/probing/03_asking.ipynb #9533988b
+def _too_many(rows: TokenRows, room: int, context_length: int) -> dict[int, int]:
+    "By row, how many tokens too many a prompt and `room` more tokens have; only rows that have."
+    surplus = {i: length + room - context_length for i, length in enumerate(rows.lengths())}
+    return {i: count for i, count in surplus.items() if count > 0}
 
 
+def _cut_end(lm: LM, text: str, surplus: int, item: str) -> str:
+    "The text without its last tokens: `surplus` of them and four more."
+    ids = lm.encode_text(text)
+    if surplus + 4 >= len(ids):
+        raise ValueError(
+            f"item {item!r}: the instruction and demonstrations leave no room for a text in "
+            f"the {lm.context_length} tokens that {lm.name} can read: lower shots"
+        )
+    return lm.decode(ids[: len(ids) - surplus - 4])
+
+# %% ../../nbs/probing/03_asking.ipynb #97de4274
+def _merges(lm: LM, prompt, answer_tokens: AnswerTokens) -> bool:
+    "Whether prompt and answer have other ids together than one after the other."
+    end = prompt.plain()[-200:]  # only the prompt's end can matter
+    fmt = answer_tokens.fmt
+    answer = answer_tokens.before + fmt.opening + fmt.item(answer_tokens.labels.names[0], None)
+    ids = lm.tokenizer(end, split_special_tokens=True).input_ids
+    joint = lm.tokenizer(end + answer, split_special_tokens=True).input_ids
+    return joint[: len(ids)] != ids
+
+
+def _encode_prompts(
+    lm: LM,
+    task: AnnotatedTexts,
+    make: Callable[[list[str]], list],  # prompts of texts
+    answer_tokens: AnswerTokens,
+    chat: bool,
+    long_text: str,
+) -> ListQuestions:
+    "Prompts that leave room for the longest answer."
+    texts = list(task.texts)
+    flags = [set() for _ in texts]
+    room = answer_tokens.longest_answer
+    while True:
+        prompts = make(texts)
+        rows = TokenRows(lm.encode_prompt(prompt, chat) for prompt in prompts)
+        too_many = _too_many(rows, room, lm.context_length)
+        if not too_many:
+            break
+        if long_text == "error":
+            i = min(too_many)
+            raise ValueError(
+                f"item {task.ids[i]!r}: its prompt of {len(rows[i])} tokens and an answer of up to "
+                f"{room} exceed the {lm.context_length} tokens that {lm.name} can read: shorten "
+                "the text, lower shots, or pass long_text='truncate' to cut its end (recorded)"
+            )
+        for i, surplus in too_many.items():
+            texts[i] = _cut_end(lm, texts[i], surplus, task.ids[i])
+            flags[i].add("text_truncated")
+
+    for prompt, flag in zip(prompts, flags):
+        if not chat and _merges(lm, prompt, answer_tokens):
+            flag.add("boundary_merged")
+    return ListQuestions(answer_tokens, prompts, rows, flags)
+
+# %% ../../nbs/probing/03_asking.ipynb #2ea6ddc0
 def ask_for_lists(
     lm: LM,
     task: AnnotatedTexts,
@@ -89,34 +148,43 @@ def ask_for_lists(
     *,
     seed: int = 0,
     fmt: str | AnswerFormat = "json",
-    demonstrations=None,
+    demonstrations: Sequence | None = None,  # to show instead of drawing some
     multi_share: float | None = 0.5,
     template: Template | None = None,
     chat: bool = False,
     long_text: str = "error",
 ) -> ListQuestions:
-    """The questions of `probe_steps`, with its arguments and errors; the model is not run.
+    """The prompts of `probe_steps`, with its arguments and errors; the model is not run.
 
-    Raises `ValueError` for an empty task, an empty text, a text that does not fit the context, labels that the format
-    cannot write, or demonstrations that cannot be drawn.
+    Raises `ValueError` for an empty task, an empty text, a text that does not fit the context,
+    labels that the format cannot write, or demonstrations that cannot be drawn.
     """
     if not len(task):
         raise ValueError("there are no texts to probe")
     check_choice("long_text", long_text, ("error", "truncate"))
     check_texts(task.ids, task.texts)
-    tokens = AnswerTokens(
-        lm, task.labels, fmt, before="" if chat else template.before_answer if template else "\n"
-    )
-    shown = _demonstrations(task, shots, seed, multi_share, demonstrations)
 
-    def make(asked):
-        return list_prompts(asked, task.labels, shown, task.label_noun, fmt, template)
+    before = template.before_answer if template else "\n"
+    answer_tokens = AnswerTokens(lm, task.labels, fmt, before="" if chat else before)
+    if demonstrations is None:
+        shown = demonstrations_for(task, shots, seed, multi_share)
+    else:
+        shown = list(demonstrations)
 
-    return _encode_prompts(lm, task, make, tokens, chat, long_text)
+    def make(texts: list[str]) -> list:
+        return list_prompts(texts, task.labels, shown, task.label_noun, fmt, template)
 
+    return _encode_prompts(lm, task, make, answer_tokens, chat, long_text)
 
-def list_settings(lm: LM, task: AnnotatedTexts, asked: ListQuestions, **how) -> dict:
-    "What decides the numbers of a run that asks for lists, for the folder that keeps its batches; `how` they are answered included."
+# %% ../../nbs/probing/03_asking.ipynb #91a014dc
+def list_settings(
+    lm: LM,
+    task: AnnotatedTexts,
+    asked: ListQuestions,
+    **how,  # how they are answered
+) -> dict:
+    "What decides the numbers of a run that asks for lists, for the folder that keeps its batches."
+    tokens = asked.answer_tokens
     return run_settings(
         lm,
         asked.rows,
@@ -124,58 +192,7 @@ def list_settings(lm: LM, task: AnnotatedTexts, asked: ListQuestions, **how) -> 
         items=digest(task.ids),
         labels=list(task.labels.outcomes),
         shots=len(asked.prompts[0].demonstrations),
-        format=asked.tokens.fmt.name,
-        answers=digest([repr(asked.tokens.fmt), asked.tokens.before]),
+        format=tokens.fmt.name,
+        answers=digest([repr(tokens.fmt), tokens.before]),
         **how,
     )
-
-
-def _encode_prompts(lm, task, make, tokens, chat, long_text) -> ListQuestions:
-    "Prompts that leave room for the longest answer; raises `ValueError` naming a text that is too long."
-    texts, flags, room = list(task.texts), [set() for _ in task.texts], tokens.longest_answer
-    prompts = make(texts)
-    rows = TokenRows(lm.encode_prompt(prompt, chat) for prompt in prompts)
-    while long := {
-        i: surplus
-        for i, length in enumerate(rows.lengths())
-        if (surplus := length + room - lm.context_length) > 0
-    }:
-        if long_text == "error":
-            i = min(long)
-            raise ValueError(
-                f"item {task.ids[i]!r}: its prompt of {len(rows[i])} tokens and an answer of up to {room} exceed "
-                f"the {lm.context_length} tokens that {lm.name} can read: shorten the text, lower shots, or "
-                "pass long_text='truncate' to cut its end (recorded)"
-            )
-        for (
-            i,
-            surplus,
-        ) in (
-            long.items()
-        ):  # again where the cut text is longer than its tokens were: white space is folded away
-            ids = lm.encode_text(texts[i])
-            if surplus + 4 >= len(ids):
-                raise ValueError(
-                    f"item {task.ids[i]!r}: the instruction and demonstrations leave no room for a text in "
-                    f"the {lm.context_length} tokens that {lm.name} can read: lower shots"
-                )
-            texts[i] = lm.decode(ids[: len(ids) - surplus - 4])
-            flags[i].add("text_truncated")
-        prompts = make(texts)
-        rows = TokenRows(lm.encode_prompt(prompt, chat) for prompt in prompts)
-    for prompt, flag in zip(prompts, flags):
-        if not chat and _merges(lm, prompt, tokens):
-            flag.add("boundary_merged")
-    return ListQuestions(tokens, prompts, rows, flags)
-
-
-def _merges(lm, prompt, tokens):
-    "Whether tokenising prompt and answer together gives other ids than one after the other; only the prompt's end can matter."
-    end, answer = (
-        prompt.plain()[-200:],
-        tokens.before + tokens.fmt.opening + tokens.fmt.item(tokens.labels.names[0], None),
-    )
-    ids, joint = (
-        lm.tokenizer(text, split_special_tokens=True).input_ids for text in (end, end + answer)
-    )
-    return joint[: len(ids)] != ids

@@ -8,17 +8,17 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/probing/decoding.html.md"""
 __all__ = ['NEAR_TIE', 'Decoded', 'free_decoder', 'guided_decoder']
 
 # %% ../../nbs/probing/01_decoding.ipynb #d834c602
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..data.answers import Entry, list_is_over, parse_answer
 from ..engine.drafts import NgramDrafter
-from ..engine.scheduler import Request, token_chain
+from ..engine.scheduler import Prediction, Request, token_chain
 from ..engine.tree import Node
 from ..models.lm import LM
-from ..models.tokens import AnswerTokens
+from ..models.tokens import AnswerTokens, Form, continuations
 from .reading import Step, StepReader
 
 # %% ../../nbs/probing/01_decoding.ipynb #04193b59
@@ -26,145 +26,220 @@ from .reading import Step, StepReader
 class Decoded:
     "A decoded answer."
 
-    output: str
-    steps: list[Step]
-    flags: set
-    outcomes: tuple[str, ...]
+    output: str  # as written after the prompt
+    steps: list[Step]  # one or more
+    flags: set[str]  # of the whole answer; `FLAGS` in data.answers has what they mean
+    outcomes: tuple[str, ...]  # the outcomes that it lists, in their order
+    start: Node  # the end of the prompt
+
+    @property
+    def prompt_tokens(self) -> int:
+        "How many tokens the prompt has."
+        return self.start.depth + len(self.start.ids)
+
+# %% ../../nbs/probing/01_decoding.ipynb #2769e356
+NEAR_TIE = 1e-3  # top two log-probabilities closer than this may swap places between batches
+
+# %% ../../nbs/probing/01_decoding.ipynb #4af884ff
+@dataclass
+class _Greedy:
+    "What the model wrote greedily, and what it predicted on the way."
+
+    ids: list[int]
+    text: str
+    predictions: list[Prediction]  # after the prompt, then after each token that was fed
+    near_tie: bool
+
+
+def _write_greedily(
+    lm: LM, answer_tokens: AnswerTokens, limit: int, start: Node, drafts: NgramDrafter
+) -> Generator[Request, list[Prediction], _Greedy]:
+    "The greedy answer of at most `limit` tokens, up to the end of its list."
+    drafted = drafts.guess([], limit)
+    first, *ahead = yield Request([start, *token_chain(start, drafted)])
+    found = _Greedy([], "", [first], False)
+
+    while len(found.ids) < limit:
+        latest = found.predictions[-1]
+        if latest.best in lm.end_ids:
+            break
+        found.near_tie |= latest.margin < NEAR_TIE
+        found.ids.append(latest.best)
+        found.text = lm.decode(found.ids)
+        if _is_over(found.text, answer_tokens):
+            break
+
+        if not ahead or drafted[0] != latest.best:  # the draft is used up, or wrong from here on
+            drafted = [latest.best, *drafts.guess(found.ids, limit - len(found.ids))]
+            ahead = yield Request(token_chain(latest.node, drafted))
+        found.predictions.append(ahead[0])
+        ahead = ahead[1:]
+        drafted = drafted[1:]
+    return found
+
+
+def _is_over(text: str, answer_tokens: AnswerTokens) -> bool:
+    return list_is_over(
+        text, answer_tokens.labels, answer_tokens.fmt, answer_tokens.before.startswith("\n")
+    )
+
+# %% ../../nbs/probing/01_decoding.ipynb #02e04ce5
+def _token_boundaries(lm: LM, ids: Sequence[int], text: str) -> dict[int, int]:
+    "How many tokens spell each beginning of the text: number of characters -> number of tokens."
+    boundaries = {}
+    for count in range(len(ids), -1, -1):  # of several counts the smallest one stays
+        beginning = lm.decode(ids[:count])
+        if text.startswith(beginning):  # not so where a token ends within a character
+            boundaries[len(beginning)] = count
+    return boundaries
+
+
+def _free_step(
+    lm: LM, entry: Entry, position: int, found: _Greedy, boundaries: dict[int, int], start: Node
+) -> Step:
+    "The step that wrote `entry`, the label after so many others."
+    written = entry.outcome or entry.text
+    flags = set(entry.flags)
+    end = boundaries.get(entry.end)
+    after = None
+    if end is not None and end < len(found.predictions):
+        after = found.predictions[end]
+
+    if entry.start in boundaries:
+        before = found.predictions[boundaries[entry.start]]
+        return Step(position, before.node, before.logprobs, written, after, flags)
+    context = Node(start, lm.encode_text(found.text[: entry.start]))
+    return Step(position, context, None, written, after, flags | {"misaligned"})
 
 # %% ../../nbs/probing/01_decoding.ipynb #49805fef
 def free_decoder(
-    lm: LM, tokens: AnswerTokens, limit: int, start: Node, drafts: NgramDrafter
-) -> Generator:
-    "Greedy and unconstrained, at most `limit` tokens; steps are found by the parser."
-    newline = tokens.before.startswith("\n")
-    guessed = drafts.guess([], limit)
-    first, *ahead = yield Request([start, *token_chain(start, guessed)])
-    ids, seen, near_tie, text = [], [first], False, ""
-    while len(ids) < limit and seen[-1].best not in lm.end_ids:
-        near_tie |= seen[-1].margin < NEAR_TIE
-        ids.append(seen[-1].best)
-        text = lm.decode(ids)
-        if list_is_over(text, tokens.labels, tokens.fmt, newline):
-            break
-        if not ahead or guessed[0] != ids[-1]:
-            guessed = [ids[-1], *drafts.guess(ids, limit - len(ids))]
-            ahead = yield Request(token_chain(seen[-1].node, guessed))
-        seen.append(ahead[0])
-        ahead, guessed = ahead[1:], guessed[1:]
-    drafts.learn(ids)
+    lm: LM,
+    answer_tokens: AnswerTokens,
+    limit: int,  # tokens of an answer, at most
+    start: Node,  # the end of the prompt
+    drafts: NgramDrafter,
+) -> Generator[Request, list[Prediction], Decoded]:
+    "A generator that returns the greedy, unconstrained answer; its steps are found by the parser."
+    found = yield from _write_greedily(lm, answer_tokens, limit, start, drafts)
+    drafts.learn(found.ids)
+
     parsed = parse_answer(
-        text, tokens.labels, tokens.fmt, finished=len(ids) < limit, newline=newline
+        found.text,
+        answer_tokens.labels,
+        answer_tokens.fmt,
+        finished=len(found.ids) < limit,
+        newline=answer_tokens.before.startswith("\n"),
     )
-    pieces = [lm.decode(ids[:count]) for count in range(len(ids) + 1)]
-    ends = {
-        len(piece): count
-        for count, piece in reversed(list(enumerate(pieces)))
-        if text.startswith(piece)
-    }  # not within a character
+    boundaries = _token_boundaries(lm, found.ids, found.text)
     steps = [
-        _free_step(lm, entry, position, text, ends, seen, start)
+        _free_step(lm, entry, position, found, boundaries, start)
         for position, entry in enumerate(parsed.entries)
     ]
-    flags = set(parsed.flags) | ({"near_tie"} if near_tie else set())
+
+    flags = set(parsed.flags)
+    if found.near_tie:
+        flags.add("near_tie")
     if not steps:
         flags.add("forced")
-        steps = [
-            Step(
-                "first",
-                Node(start, tokens.opening) if tokens.opening else start,
-                None,
-                None,
-                flags={"forced"},
-            )
-        ]
-    return Decoded(text, steps, flags, parsed.outcomes)
+        context = Node(start, answer_tokens.opening) if answer_tokens.opening else start
+        steps = [Step(0, context, None, None, flags={"forced"})]
+    return Decoded(found.text, steps, flags, parsed.outcomes, start)
 
-
-def _free_step(lm, entry: Entry, position, text, ends, seen, start):
-    "The step that wrote `entry`: its context is the token boundary at its first character."
-    kind, written = ("later" if position else "first"), entry.outcome or entry.text
-    after = ends.get(entry.end)
-    after = seen[after] if after is not None and after < len(seen) else None
-    if entry.start in ends:
-        context = seen[ends[entry.start]]
-        return Step(kind, context.node, context.logprobs, written, after, set(entry.flags))
-    context = Node(
-        start, lm.encode_text(text[: entry.start])
-    )  # the label begins inside a token: its text, tokenised anew
-    return Step(kind, context, None, written, after, {*entry.flags, "misaligned"})
-
-
-NEAR_TIE = 1e-3  # top two log-probabilities closer than this may swap places between batches
-
-
-def _likeliest(seen, candidates, column):
-    "The likeliest of candidate tokens, ties in their order, and whether two are nearly tied."
-    values = seen.logprobs[[column[int(i)] for i in candidates]]
+# %% ../../nbs/probing/01_decoding.ipynb #1abc5900
+def _likeliest(
+    prediction: Prediction, candidates: Sequence[int], reader: StepReader
+) -> tuple[int, bool]:
+    "The likeliest of some tokens (the first one of equals), and whether two are nearly tied."
+    values = prediction.logprobs[reader.columns(candidates)]
     order = np.argsort(-values, kind="stable")
-    close = len(order) > 1 and values[order[0]] - values[order[1]] < NEAR_TIE
-    return int(candidates[order[0]]), bool(close)
+    best = order[0]
+    near_tie = len(order) > 1 and values[best] - values[order[1]] < NEAR_TIE
+    return int(candidates[best]), bool(near_tie)
 
 
-def _write_label(seen, forms, tokens, column):
-    "Token-greedy walk on the trie of `forms`: yields its tokens, returns the outcome, what is seen behind it, near ties."
-    path, near_tie = (), False
+def _write_label(
+    before: Prediction, forms: Sequence[Form], reader: StepReader
+) -> Generator[Request, list[Prediction], tuple[int, Prediction, bool]]:
+    "Writes one of the forms: its outcome, what is predicted after it, whether a tie was near."
+    latest = before
+    path = ()
+    near_tie = False
     while True:
-        children = list(
-            dict.fromkeys(
-                f.ids[len(path)]
-                for f in forms
-                if f.ids[: len(path)] == path and len(f.ids) > len(path)
-            )
-        )
-        whole = [f for f in forms if f.ids == path]
+        children, whole = continuations(forms, path)
         if whole and not children:
-            return whole[0].outcome, seen, near_tie
-        choice, close = _likeliest(
-            seen, children + (list(tokens.terminators) if whole else []), column
-        )
+            return whole[0].outcome, latest, near_tie
+
+        candidates = list(children)
+        if whole:
+            candidates += list(reader.answer_tokens.terminators)
+        choice, close = _likeliest(latest, candidates, reader)
         near_tie |= close
         if choice not in children:
-            return whole[0].outcome, seen, near_tie
+            return whole[0].outcome, latest, near_tie
+
         path += (choice,)
-        (seen,) = yield Request([Node(seen.node, [choice])])
+        (latest,) = yield Request([Node(latest.node, [choice])])
+
+# %% ../../nbs/probing/01_decoding.ipynb #ba23222a
+def _allowed_forms(answer_tokens: AnswerTokens, written: Sequence[str]) -> list[Form]:
+    "The forms of the outcomes that may follow those written."
+    labels = answer_tokens.labels
+    excluded = {*written, labels.none} if written else set()
+    forms = answer_tokens.forms_at(len(written))
+    return [form for form in forms if labels.outcomes[form.outcome] not in excluded]
 
 
-def guided_decoder(lm: LM, reader: StepReader, start: Node) -> Generator:
-    "Token-greedy on the trie of labels not yet written, format tokens forced."
-    tokens, column = reader.tokens, reader.column
-    labels, outcomes = tokens.labels, tokens.labels.outcomes
-    *_, seen = yield Request([start, Node(start, tokens.opening)] if tokens.opening else [start])
-    steps, written, near_tie = [], [], False
+def _choose_to_go_on(
+    lm: LM, after: Prediction, reader: StepReader
+) -> Generator[Request, list[Prediction], tuple[list[int] | None, Prediction, bool]]:
+    "What of the separator is still to be written (None: the list stops), after what, near ties."
+    tokens = reader.answer_tokens
+    candidates = [*tokens.go, *tokens.stop]
+    if tokens.bare is not None:
+        candidates.append(tokens.bare)
+    choice, near_tie = _likeliest(after, candidates, reader)
+    if choice != tokens.bare:
+        return list(tokens.separator) if choice in tokens.go else None, after, near_tie
+
+    (after,) = yield Request([Node(after.node, [tokens.bare])])
+    choice, close = _likeliest(after, [*tokens.bare_go, *tokens.bare_stop], reader)
+    rest = lm.encode_text(tokens.fmt.separator[1:])
+    return rest if choice in tokens.bare_go else None, after, near_tie | close
+
+# %% ../../nbs/probing/01_decoding.ipynb #6ec8ea46
+def guided_decoder(
+    lm: LM, reader: StepReader, start: Node
+) -> Generator[Request, list[Prediction], Decoded]:
+    """A generator that returns an answer in the format: the likeliest labels, token by token.
+
+    Tokens of the format are written without asking. No label is written twice, and `none` only
+    alone.
+    """
+    tokens = reader.answer_tokens
+    labels = tokens.labels
+    opening = [Node(start, tokens.opening)] if tokens.opening else []
+    *_, latest = yield Request([start, *opening])
+    steps, written = [], []
+    near_tie = False
+
     while True:
-        kind = "later" if written else "first"
-        allowed = [
-            f
-            for f in getattr(tokens, kind)
-            if outcomes[f.outcome] not in written
-            and (not written or outcomes[f.outcome] != labels.none)
-        ]
-        context = seen
-        position, seen, close = yield from _write_label(seen, allowed, tokens, column)
+        context = latest
+        forms = _allowed_forms(tokens, written)
+        outcome, latest, close = yield from _write_label(context, forms, reader)
+        name = labels.outcomes[outcome]
+        steps.append(Step(len(written), context.node, context.logprobs, name, latest))
+        written.append(name)
         near_tie |= close
-        written.append(outcomes[position])
-        steps.append(Step(kind, context.node, context.logprobs, written[-1], seen))
-        if written[-1] == labels.none or len(written) == len(labels) or not labels.is_multi:
+        if name == labels.none or len(written) == len(labels) or not labels.is_multi:
             break
-        bare = [tokens.bare] if tokens.bare is not None else []
-        choice, close = _likeliest(seen, [*tokens.go, *tokens.stop, *bare], column)
-        goes, rest = choice in tokens.go, list(tokens.separator)
-        if choice in bare:
-            (seen,) = yield Request([Node(seen.node, bare)])
-            choice, tie = _likeliest(seen, [*tokens.bare_go, *tokens.bare_stop], column)
-            goes, close, rest = (
-                choice in tokens.bare_go,
-                close | tie,
-                lm.encode_text(tokens.fmt.separator[1:]),
-            )
+
+        separator, latest, close = yield from _choose_to_go_on(lm, latest, reader)
         near_tie |= close
-        if not goes:
+        if separator is None:
             break
-        (seen,) = yield Request([Node(seen.node, rest)])
+        (latest,) = yield Request([Node(latest.node, separator)])
+
+    listed = [name for name in written if name != labels.none]
+    output = tokens.before + tokens.fmt.render(listed, labels)
     flags = {"near_tie"} if near_tie else set()
-    output = tokens.before + tokens.fmt.render([w for w in written if w != labels.none], labels)
-    return Decoded(output, steps, flags, tuple(written))
+    return Decoded(output, steps, flags, tuple(written), start)

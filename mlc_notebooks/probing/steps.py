@@ -8,9 +8,11 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/probing/steps.html.md"""
 __all__ = ['probe_steps']
 
 # %% ../../nbs/probing/05_steps.ipynb #535665ae
+import hashlib
 import time
 import unicodedata
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,126 +26,223 @@ from ..engine.backend import prompt_tree
 from ..engine.drafts import NgramDrafter
 from ..engine.memory import batch_size_for, tokens_under_way
 from ..engine.packed import PackedTree
-from ..engine.runs import in_batches
+from ..engine.runs import in_batches, provenance
 from ..engine.scheduler import continuous_batching
 from ..engine.tree import Node
 from ..models.lm import LM
 from mlc_notebooks.probing.asking import (
+    ListQuestions,
     as_task,
     ask_for_lists,
     check_choice,
     check_collisions,
     list_settings,
 )
-from .decoding import free_decoder, guided_decoder
-from .internals import StepPosition, read_states
+from .decoding import Decoded, free_decoder, guided_decoder
+from .internals import read_states
 from .reading import StepReader, read_steps
-from .trace import STEP_COLUMNS, Trace, provenance
+from .trace import STEP_COLUMNS, Trace
 
 # %% ../../nbs/probing/05_steps.ipynb #3f7869be
-def _answer(start: Node, make_decoder, drafts: NgramDrafter, reader: StepReader) -> Generator:
-    "Decode an answer to a text, then read its steps."
-    decoded = yield from make_decoder(start, drafts)
-    found = yield from read_steps(decoded.steps, reader)
-    return decoded, found, [StepPosition(decoded.steps, i, start) for i in range(len(found))]
-
-
-def _probe_batch(tree, suffixes, reader, make_decoder, hidden, attention) -> Iterator[tuple]:
-    "Answers to a batch of texts: output, outcomes, flags and steps of each."
-    tree.rewind()
-    drafts, with_states = NgramDrafter(reader.tokens), bool(hidden or attention)
-    sizes, most = (
-        [len(ids) + len(reader.tokens.opening) + 8 for ids in suffixes],
-        tokens_under_way(tree.lm),
-    )
-
-    def begin():
-        for row, ids in enumerate(suffixes, 1):
-            drafts.waits = row < len(suffixes)
-            yield _answer(Node(tree.root, ids), make_decoder, drafts, reader)
-
-    answers = continuous_batching(tree, begin(), reader.watch, sizes, most, with_states)
-    if not with_states:
-        for decoded, found, places in answers:
-            yield _one_answer(decoded, found, places, [{}] * len(places))
-        return
-    answers = list(answers)
-    states = iter(
-        read_states(
-            tree,
-            [place for *_, places in answers for place in places],
-            reader.tokens,
-            hidden,
-            attention,
-        )
-    )
-    for decoded, found, places in answers:
-        yield _one_answer(decoded, found, places, [next(states) for _ in places])
-
-
-def _one_answer(decoded, found, places, states) -> tuple:
-    rows = [
-        {
-            "wrote": place.step.written,
-            "flags": tuple(sorted(place.step.flags)),
-            "prompt_tokens": place.prompt,
-            "generated_tokens": place.length - place.prompt,
-            **values,
-            **state,
+def _step_rows(decoded: Decoded, readings: list[dict], states: list[dict]) -> list[dict]:
+    "What is kept of each step of an answer."
+    rows = []
+    for step, reading, state in zip(decoded.steps, readings, states):
+        row = {
+            "wrote": step.written,
+            "flags": tuple(sorted(step.flags)),
+            "prompt_tokens": decoded.prompt_tokens,
+            "generated_tokens": step.length - decoded.prompt_tokens,
         }
-        for place, values, state in zip(places, found, states)
-    ]
-    return decoded.output, decoded.outcomes, decoded.flags, rows
+        rows.append({**row, **reading, **state})
+    return rows
+
+
+@dataclass
+class _Probe:
+    "How the texts of a run are asked, answered and read."
+
+    tree: object  # the prompt tree of the run
+    asked: ListQuestions
+    reader: StepReader
+    decoding: str
+    hidden: bool | str
+    attention: bool
+
+    def answer(self, start: Node, drafts: NgramDrafter) -> Generator:
+        "A generator that decodes the answer after `start`, then reads its steps."
+        lm, answer_tokens = self.tree.lm, self.asked.answer_tokens
+        if self.decoding == "guided":
+            decoder = guided_decoder(lm, self.reader, start)
+        else:
+            limit = answer_tokens.longest_answer
+            decoder = free_decoder(lm, answer_tokens, limit, start, drafts)
+        decoded = yield from decoder
+        readings = yield from read_steps(decoded.steps, self.reader)
+        return decoded, readings
+
+    def batch(self, positions: Sequence[int]) -> Iterator[tuple]:
+        "Of each text at these positions the output, its outcomes, flags and the rows of its steps."
+        tree, answer_tokens = self.tree, self.asked.answer_tokens
+        tree.rewind()
+        tails = [self.asked.rows.tails[i] for i in positions]
+        sizes = [len(tail) + len(answer_tokens.opening) + 8 for tail in tails]
+        drafts = NgramDrafter(answer_tokens)
+
+        def begin() -> Iterator[Generator]:
+            for number, tail in enumerate(tails, 1):
+                drafts.waits = number < len(tails)
+                yield self.answer(Node(tree.root, tail), drafts)
+
+        with_states = bool(self.hidden or self.attention)
+        answers = continuous_batching(
+            tree, begin(), self.reader.watch, sizes, tokens_under_way(tree.lm), with_states
+        )
+        if with_states:
+            answers = list(answers)
+            decoded = [decoded for decoded, _ in answers]
+            states = read_states(tree, decoded, answer_tokens, self.hidden, self.attention)
+            answers = zip(answers, states)
+        else:
+            answers = ((answer, [{}] * len(answer[1])) for answer in answers)
+        for (decoded, readings), states in answers:
+            rows = _step_rows(decoded, readings, states)
+            yield decoded.output, decoded.outcomes, decoded.flags, rows
+
+# %% ../../nbs/probing/05_steps.ipynb #1c5b74b9
+_TEXTS_TO_LEARN_FROM = 32
+
+
+def _breaks_off(text: str) -> bool:
+    "Whether a text ends without a mark."
+    return not unicodedata.category(text.rstrip()[-1]).startswith("P")
 
 
 def _turns(by_length: list[int], texts: Sequence[str]) -> list[int]:
-    """In which order the texts of a batch have their turn: a few short ones, from which drafts are learned, then texts that
-    break off, then the others, both from the longest to the shortest.
+    """In which order the texts of a batch have their turn.
 
-    A model may go on with a text that ends without a mark, and such an answer keeps a pass to itself where nothing is left
-    beside it.
+    A few short ones, then texts that break off, then the others, both from long to short.
     """
+    first = by_length[:_TEXTS_TO_LEARN_FROM]
+    longest_first = by_length[_TEXTS_TO_LEARN_FROM:][::-1]
+    return first + sorted(longest_first, key=lambda i: not _breaks_off(texts[i]))
 
-    def ends(i):
-        return unicodedata.category(texts[i].rstrip()[-1]).startswith("P")
 
-    return by_length[:32] + sorted(by_length[32:][::-1], key=ends)
+def _plan(asked: ListQuestions, texts: Sequence[str], size: int) -> list[int]:
+    "The positions of all texts, in batches of similar length, in the order of their turns."
+    tails = asked.rows.tails
+    by_length = sorted(range(len(tails)), key=lambda i: len(tails[i]))
+    order = []
+    for start in range(0, len(by_length), size):
+        order += _turns(by_length[start : start + size], texts)
+    return order
 
-# %% ../../nbs/probing/05_steps.ipynb #1c5b74b9
-def _assemble(task, found, prompt_flags, settings) -> Trace:
-    "The tables of a trace."
-    outputs, outcomes, flags, answers = zip(*found)
-    items = pd.DataFrame(
-        {
-            "text": task.texts,
-            "output": outputs,
-            "outcomes": outcomes,
-            "flags": [tuple(sorted(mine | more)) for mine, more in zip(flags, prompt_flags)],
-        },
-        pd.Index(task.ids, name="id"),
-    )
-    rows = [
-        (item, position, step)
-        for item, answer in zip(task.ids, answers)
-        for position, step in enumerate(answer, 1)
-    ]
-    steps = pd.DataFrame(
-        [(item, position, *(step[c] for c in STEP_COLUMNS)) for item, position, step in rows],
-        columns=["example", "step", *STEP_COLUMNS],
-    )
 
-    def stack(name):
-        return (
-            np.stack([step[name] for *_, step in rows if name in step])
-            if name in rows[0][2]
-            else None
-        )
-
-    return Trace(
-        task.labels, items, steps, stack("values"), settings, stack("hidden"), stack("attention")
-    )
+def _batch_size(
+    lm: LM, asked: ListQuestions, batch_size: int | None, with_states: bool, folder
+) -> int:
+    "How many texts a batch has."
+    if batch_size:
+        return batch_size
+    if with_states:  # they are read when a batch is done; until then all of it is kept
+        longest = max(len(tail) for tail in asked.rows.tails)
+        return batch_size_for(lm, longest + asked.answer_tokens.longest_answer)
+    return 256 if folder else len(asked.rows)
 
 # %% ../../nbs/probing/05_steps.ipynb #d4adfc2d
+def _stack(rows: list[dict], name: str) -> np.ndarray | None:
+    "The arrays of this name, of the steps that have one; None: none has."
+    kept = [row[name] for row in rows if name in row]
+    return np.stack(kept) if kept else None
+
+
+def _assemble(
+    task: AnnotatedTexts, found: list[tuple], prompt_flags: list[set], settings: dict
+) -> Trace:
+    "The trace of the answers found, in the order of the task."
+    outputs, outcomes, answer_flags, answers = zip(*found)
+    flags = [tuple(sorted(mine | more)) for mine, more in zip(answer_flags, prompt_flags)]
+    items = pd.DataFrame(
+        {"text": task.texts, "output": outputs, "outcomes": outcomes, "flags": flags},
+        pd.Index(task.ids, name="id"),
+    )
+
+    rows = [row for answer in answers for row in answer]
+    numbered = [
+        (item, number, *(row[name] for name in STEP_COLUMNS))
+        for item, answer in zip(task.ids, answers)
+        for number, row in enumerate(answer, 1)
+    ]
+    steps = pd.DataFrame(numbered, columns=["example", "step", *STEP_COLUMNS])
+    return Trace(
+        task.labels,
+        items,
+        steps,
+        _stack(rows, "values"),
+        settings,
+        _stack(rows, "hidden"),
+        _stack(rows, "attention"),
+    )
+
+# %% ../../nbs/probing/05_steps.ipynb #ca409fd6
+def _hash_of_prompts(prompts: Iterable) -> str:
+    "A short hash of all prompts of a run, as text."
+    found = hashlib.sha256()
+    for i, prompt in enumerate(prompts):
+        text = prompt.plain()
+        found.update((text if i == 0 else f"\0{text}").encode())
+    return found.hexdigest()[:16]
+
+
+def _what_was_asked(lm: LM, task: AnnotatedTexts, asked: ListQuestions) -> dict:
+    "The settings of a trace that say which texts and prompts, and which model."
+    return {
+        "task": task.name,
+        "texts": len(task),
+        "aggregated": task.aggregated,
+        "sampling": task.sampling,
+        **provenance(lm),
+        "prompt": asked.prompts[0].plain(),
+        "prompt_hash": _hash_of_prompts(asked.prompts),
+        "shots": len(asked.prompts[0].demonstrations),
+        "format": asked.answer_tokens.fmt.name,
+    }
+
+# %% ../../nbs/probing/05_steps.ipynb #1eadc216
+def _run(
+    lm: LM,
+    task: AnnotatedTexts,
+    asked: ListQuestions,
+    how: dict,  # the texts are answered and read
+    settings: dict,  # of the trace, `how` included
+    batch_size: int | None = None,
+    no_cache: bool = False,
+    folder: str | Path | None = None,
+    progress: bool = False,
+) -> Trace:
+    "The trace of a run whose arguments are checked."
+    started = time.time()
+    tree = prompt_tree(lm, asked.rows.shared, no_cache)
+    reader = StepReader(asked.answer_tokens, how["reading"])
+    probe = _Probe(tree, asked, reader, how["decoding"], how["hidden"], how["attention"])
+
+    with_states = bool(how["hidden"] or how["attention"])
+    size = _batch_size(lm, asked, batch_size, with_states, folder)
+    order = _plan(asked, task.texts, size)
+    kept = None
+    if folder:
+        kept = list_settings(lm, task, asked, **how, batch_size=batch_size, no_cache=no_cache)
+    found = in_batches(probe.batch, order, size, f"probing {task.name}", progress, folder, kept)
+
+    made = {
+        **settings,
+        "batch_size": size,
+        "packed": isinstance(tree, PackedTree),
+        "seconds": round(time.time() - started, 2),
+    }
+    return _assemble(task, found, asked.flags, made)
+
+# %% ../../nbs/probing/05_steps.ipynb #d4adfc2e
 def probe_steps(
     lm: LM,
     texts: AnnotatedTexts | Sequence[str],  # a task, or plain strings with `labels`
@@ -154,94 +253,37 @@ def probe_steps(
     decoding: str = "free",  # "free" or "guided"
     reading: str = "exact",  # "exact" or "first_token"
     fmt: str | AnswerFormat = "json",  # how a list is written
-    demonstrations=None,  # pairs (text, labels) to show instead of drawing them, or one list of pairs a text
+    demonstrations: Sequence | None = None,  # pairs (text, labels) to show, or a list per text
     multi_share: float | None = 0.5,  # of the drawn demonstrations with several labels
     template: Template | None = None,  # the wording; None: the paper's
     chat: bool = False,  # ask in the turns of the model's chat template
-    collisions: str = "error",  # "warn": allow labels that share a first token in the first_token reading
+    collisions: str = "error",  # "warn": first_token allows labels with the same first token
     long_text: str = "error",  # "truncate": cut the end of texts that do not fit, and flag them
-    hidden: bool
-    | str = False,  # keep the hidden states of every layer: True at each step, "first" at step 1 only
+    hidden: bool | str = False,  # keep hidden states: True at each step, "first" at step 1 only
     attention: bool = False,  # keep attention shares at each step
-    batch_size: int
-    | None = None,  # texts a batch; None: with a folder 256, else all, with states as many as fit
+    batch_size: int | None = None,  # texts per batch; None: all, 256 with a folder, or what fits
     no_cache: bool = False,  # the slow twin: every prompt on its own
-    folder: str | Path | None = None,  # keep finished batches here, and go on with what is there
+    folder: str | Path | None = None,  # keep finished batches here, and go on from them
     progress: bool = True,  # show a bar
 ) -> Trace:
     """The label distribution at every step of the model's answers.
 
-    Raises `ValueError`, before the model is run, for an empty task, an empty text, a text that does not fit the context,
-    labels that the format or the reading cannot tell apart, or demonstrations that cannot be drawn; and, for a `folder`
-    that holds a run with other settings, an error that names them (`mlc_notebooks.engine.runs` has all that can happen to it).
+    Raises `ValueError`, before the model is run, for an empty task, an empty text, a text that does
+    not fit the context, labels that the format or the reading cannot tell apart, or demonstrations
+    that cannot be drawn. For a `folder` with a run that has other settings it raises
+    `SettingsChanged`; `engine.runs` has all that can happen to a folder.
     """
     task = as_task(texts, labels)
     check_choice("decoding", decoding, ("free", "guided"))
     check_choice("reading", reading, ("exact", "first_token"))
     check_choice("hidden", hidden, (False, True, "first"))
-    asked = ask_for_lists(
-        lm,
-        task,
-        shots,
-        seed=seed,
-        fmt=fmt,
-        demonstrations=demonstrations,
-        multi_share=multi_share,
-        template=template,
-        chat=chat,
-        long_text=long_text,
-    )
-    tokens, reader = asked.tokens, StepReader(asked.tokens, reading)
+    asking = dict(seed=seed, fmt=fmt, demonstrations=demonstrations, multi_share=multi_share)
+    asking |= dict(template=template, chat=chat, long_text=long_text)
+    asked = ask_for_lists(lm, task, shots, **asking)
     if reading == "first_token":
-        check_collisions(tokens, collisions)
+        check_collisions(asked.answer_tokens, collisions)
 
-    started, tails = time.time(), asked.rows.tails
-    tree = prompt_tree(lm, asked.rows.shared, no_cache)
-    decoder = {
-        "free": lambda start, drafts: free_decoder(
-            lm, tokens, tokens.longest_answer, start, drafts
-        ),
-        "guided": lambda start, drafts: guided_decoder(lm, reader, start),
-    }[decoding]
-    by_length = sorted(range(len(task)), key=lambda i: len(tails[i]))
-    size = batch_size or (256 if folder else len(task))
-    if (
-        hidden or attention
-    ) and not batch_size:  # read when a batch is done: until then all of it is kept
-        size = batch_size_for(lm, len(tails[by_length[-1]]) + tokens.longest_answer)
-    order = [
-        i for at in range(0, len(task), size) for i in _turns(by_length[at : at + size], task.texts)
-    ]
-
-    def work(batch):
-        return _probe_batch(tree, [tails[i] for i in batch], reader, decoder, hidden, attention)
-
-    kept = folder and list_settings(
-        lm,
-        task,
-        asked,
-        seed=seed,
-        decoding=decoding,
-        reading=reading,
-        chat=chat,
-        hidden=hidden,
-        attention=attention,
-        batch_size=batch_size,
-        no_cache=no_cache,
-    )
-    found = in_batches(work, order, size, f"probing {task.name}", progress, folder, kept)
-    settings = {
-        **provenance(lm, task, asked.prompts),
-        "shots": len(asked.prompts[0].demonstrations),
-        "seed": seed,
-        "multi_share": multi_share,
-        "decoding": decoding,
-        "reading": reading,
-        "format": tokens.fmt.name,
-        "chat": chat,
-        "hidden": hidden,
-        "batch_size": size,
-        "packed": isinstance(tree, PackedTree),
-        "seconds": round(time.time() - started, 2),
-    }
-    return _assemble(task, found, asked.flags, settings)
+    how = dict(seed=seed, decoding=decoding, reading=reading, chat=chat)
+    how |= dict(hidden=hidden, attention=attention)
+    settings = {**_what_was_asked(lm, task, asked), **how, "multi_share": multi_share}
+    return _run(lm, task, asked, how, settings, batch_size, no_cache, folder, progress)
