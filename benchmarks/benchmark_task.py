@@ -82,14 +82,14 @@ def prepared_prompts(
 def steps_prompts(lm: LM, task: AnnotatedTexts, shown) -> dict:
     "What a rival is given of step probing."
     asked = ask_for_lists(lm, task, demonstrations=shown)
-    spelt = [form.ids[: form.lead + 1][-1] for form in asked.tokens.first]
+    spelt = [form.ids[: form.lead + 1][-1] for form in asked.answer_tokens.first]
     return {
         "rows": list(asked.rows),
         "watch": spelt,
-        "outcomes": [form.outcome for form in asked.tokens.first],
+        "outcomes": [form.outcome for form in asked.answer_tokens.first],
         "names": [lm.decode([token]) for token in spelt],
-        "opening": asked.tokens.opening,
-        "limit": asked.tokens.longest_answer,
+        "opening": asked.answer_tokens.opening,
+        "limit": asked.answer_tokens.longest_answer,
         "stop": "]",
     }
 

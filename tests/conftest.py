@@ -26,6 +26,27 @@ settings.register_profile("search", max_examples=5000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
+# `make check` leaves out what loads a real model or trains one: pytest -m "not slow".
+REAL_MODELS = {"base_lm", "tuned_lm", "tokenizer", "tiny_lms", "cache"}
+SLOW_FILES = {
+    "test_benchmarks",
+    "test_cli",
+    "test_demux",
+    "test_models",
+    "test_packaging",
+    "test_rl",
+    "test_runs",
+    "test_sft",
+    "test_supervised",
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in SLOW_FILES or REAL_MODELS & set(item.fixturenames):
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session")
 def base_lm():
     "SmolLM2-135M-Instruct as it comes."

@@ -47,8 +47,11 @@ def stub(room: str) -> str:
     "The content of a room's `__init__.pyi`."
     names = {name: public_names(PACKAGE / room / f"{name}.py") for name in modules(room)}
     lines = [f"from . import {name} as {name}" for name in names]
+    # Where several modules list a name, the last one hands it on: METHODS is filled there.
+    owner = {name: module for module, public in names.items() for name in public}
     for module, public in names.items():
-        lines += [f"from .{module} import {name} as {name}" for name in sorted(public)]
+        mine = sorted(name for name in public if owner[name] == module)
+        lines += [f"from .{module} import {name} as {name}" for name in mine]
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,5 @@
-"""Experiments on the prompt: their pure parts by hand, and one small run of each on the tuned model."""
+"""Experiments on the prompt: their pure parts by hand, and one small run of each on the tuned
+model."""
 
 from dataclasses import replace
 
@@ -9,11 +10,12 @@ import pytest
 from mlc_notebooks.data import (
     AnnotatedTexts,
     LabelSet,
-    draw_demonstrations,
+    demonstrations_for,
     list_prompts,
     load_task,
     rename_labels,
     reorder_labels,
+    unannotated,
 )
 from mlc_notebooks.metrics import (
     derangement,
@@ -227,10 +229,8 @@ def test_demonstration_labels(tuned_lm, task, probed):
         and (at_step_one["n"] == labelled).all()
         and at_step_one["value"].nunique() == 3
     )
-    swaps, shown = (
-        derangement(task.labels, 0),
-        draw_demonstrations(task.pool, 2, 0, exclude=task.texts),
-    )
+    swaps = derangement(task.labels, 0)
+    shown = demonstrations_for(task, 2, seed=0)
     by_kind = {
         "unrelated"
         if asked.labels != task.labels
@@ -255,7 +255,8 @@ def test_demonstration_labels(tuned_lm, task, probed):
 def test_a_model_that_follows_flipped_demonstrations_scores_on_the_deranged_labels(
     tuned_lm, task, monkeypatch
 ):
-    "With answers made by hand: exactly the deranged gold labels, written in the labels of whatever task is asked."
+    """With answers made by hand: exactly the deranged gold labels, written in the labels of
+    whatever task is asked."""
     swaps, gold = derangement(task.labels, 0), task.majority()
     deranged = [tuple(swaps[name] for name in chosen) for chosen in task.gold_sets()]
 
@@ -327,7 +328,7 @@ def test_a_task_without_train_split(tuned_lm, task, no_model, experiment):
 
 @pytest.mark.parametrize("experiment", [vary_multi_share, vary_shots, vary_demonstration_labels])
 def test_a_task_without_gold_labels(tuned_lm, task, no_model, experiment):
-    bare = replace(task, annotations=[np.zeros((0, 5), np.uint8)] * 8)
+    bare = unannotated(task.texts, task.labels, task.ids, task.name, splits=task.splits)
     with pytest.raises(ValueError, match="has no annotations"):
         experiment(tuned_lm, bare)
 

@@ -266,7 +266,7 @@ def test_the_table_has_every_flag_that_is_set():
 def test_a_task_shows_itself_in_a_few_lines():
     task = load_task("convabuse")
     assert repr(task) == (
-        "<convabuse: 853 texts, 12 labels, 1 to 8 annotators per text, "
+        "<convabuse: 853 texts, 12 labels, 2 to 6 annotators per text, "
         "splits: train 2501, dev 831, test 853>"
     )
     assert repr(load_task("goemotions")).count("aggregated") == 1

@@ -1,10 +1,15 @@
-"""The statistics of the phenomenon: values worked out by hand, slow twins, properties that must hold, degenerate traces."""
+"""The statistics of the phenomenon: values worked out by hand, slow twins, properties that must
+hold, degenerate traces."""
+
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import (
     average_precision_score,
+    f1_score,
+    jaccard_score,
     label_ranking_average_precision_score,
     roc_auc_score,
 )
@@ -14,14 +19,18 @@ from mlc_notebooks.metrics import (
     alignment,
     bootstrap,
     bootstrap_mean,
+    bootstrap_sets,
+    calibration_error,
     first_and_final,
     first_final_agreement,
     first_step_quality,
+    item_metrics,
     label_order,
     label_ranking_precision,
     mean_table,
     next_label_shares,
     next_labels,
+    noise_ceiling,
     order_accuracy,
     paired_difference,
     phenomenon_table,
@@ -41,7 +50,8 @@ INTERVAL = ["quantity", "value", "low", "high", "n"]
 
 
 def make_trace(labels, answers, flags=()) -> Trace:
-    "answers: {id: [(wrote, probabilities over Y+), ...]}, one pair a step; wrote None: a forced step 1."
+    """answers: {id: [(wrote, probabilities over Y+), ...]}, one pair a step; wrote None: a
+    forced step 1."""
     labels = labels if isinstance(labels, LabelSet) else LabelSet(labels)
     outcomes = [
         tuple(dict.fromkeys(wrote for wrote, _ in answer if wrote in labels.outcomes))
@@ -85,7 +95,8 @@ def cell(table, column="value", **where):
 def answers():
     """Columns: joy, fear, anger, none.
     a: the runner-up of step 1, fear, is written next.
-    b: the runner-up of step 1, fear, is written, but not next; at step 2 anger is second, but written already.
+    b: the runner-up of step 1, fear, is written, but not next; at step 2 anger is second, but
+    written already.
     c: nothing applies.
     d: the runner-up of step 1, anger, is never written.
     e: one label, which was not the likeliest.
@@ -128,7 +139,8 @@ def few_draws(monkeypatch):
 
 
 def test_bootstrap_of_two_items():
-    "A mean of 0 and 1 is 0, 1/2 or 1 with probability 1/4, 1/2, 1/4: 2.5 and 97.5 % are 0 and 1, 30 and 70 % are 1/2."
+    """A mean of 0 and 1 is 0, 1/2 or 1 with probability 1/4, 1/2, 1/4: 2.5 and 97.5 % are 0 and
+    1, 30 and 70 % are 1/2."""
     values = np.array([0.0, 1.0])
 
     def mean(chosen):
@@ -142,8 +154,8 @@ def test_bootstrap_of_two_items():
 def test_bootstrap_of_an_array_is_that_of_each_entry():
     values = np.random.default_rng(0).normal(size=(30, 2))
     together = bootstrap(lambda chosen: values[chosen].mean(axis=0), 30, resamples=50, seed=4)
-    for column in range(2):
-        alone = bootstrap(lambda chosen: values[chosen, column].mean(), 30, resamples=50, seed=4)
+    for column, mine in enumerate(values.T):
+        alone = bootstrap_mean(mine, resamples=50, seed=4)
         np.testing.assert_allclose([part[column] for part in together], alone)
 
 
@@ -181,6 +193,12 @@ def test_mean_table():
     )  # a twice: 1/2, b twice: 1
 
 
+def mean_of_drawn(of_item, chosen):
+    "The mean over all values of the items chosen."
+    pooled = [value for i in chosen for value in of_item[i]]
+    return sum(pooled) / len(pooled)
+
+
 def slow_mean_table(frame, values, by, seed):
     "The values of each drawn item, one after the other."
     rows = []
@@ -192,21 +210,9 @@ def slow_mean_table(frame, values, by, seed):
                 for item in part["example"].unique()
             ]
 
-            def pooled(chosen):
-                return [value for i in chosen for value in of_item[i]]
-
-            def mean(chosen):
-                return sum(pooled(chosen)) / len(pooled(chosen))
-
-            rows.append(
-                (
-                    key,
-                    name,
-                    *bootstrap(mean, len(of_item), resamples=40, seed=seed),
-                    len(of_item),
-                    len(part),
-                )
-            )
+            mean = partial(mean_of_drawn, of_item)
+            interval = bootstrap(mean, len(of_item), resamples=40, seed=seed)
+            rows.append((key, name, *interval, len(of_item), len(part)))
     return pd.DataFrame(rows, columns=[by, *INTERVAL, "rows"])
 
 
@@ -227,8 +233,10 @@ def test_mean_table_is_its_slow_twin(seed):
 
 
 def test_step_profile():
-    """a, step 1: 1/2 1/4 1/8 1/8 has 1.75 bits; over Y 4/7 2/7 1/7, log2 7 - (4 x 2 + 2 x 1) / 7 bits.
-    a, step 2: four quarters, 2 bits; over Y log2 3. b: 1.75 bits; over Y 1/4 1/4 1/2, 1.5 bits. p_go 3/8 / (3/8 + 1/8)."""
+    """a, step 1: 1/2 1/4 1/8 1/8 has 1.75 bits; over Y 4/7 2/7 1/7, log2 7 - (4 x 2 + 2 x 1) / 7
+    bits.
+    a, step 2: four quarters, 2 bits; over Y log2 3. b: 1.75 bits; over Y 1/4 1/4 1/2, 1.5 bits.
+    p_go 3/8 / (3/8 + 1/8)."""
     profile = step_profile(
         make_trace(
             EMOTIONS,
@@ -253,7 +261,8 @@ def test_step_profile():
 
 
 def test_spikiness(few_draws):
-    "Last at step 1: c and e, so top (.7 + .5) / 2 and second (.15 + .3) / 2; at step 2: a and d, the intermediate one is b."
+    """Last at step 1: c and e, so top (.7 + .5) / 2 and second (.15 + .3) / 2; at step 2: a and
+    d, the intermediate one is b."""
     table = spikiness(
         make_trace(
             EMOTIONS,
@@ -311,7 +320,8 @@ def test_sorted_profile(few_draws, answers):
 
 
 def test_float32_log_probabilities_are_summarised_in_float64():
-    "Section 5. In float32 exp(-110) and exp(-120) are both 0, so that fear would win a tie that there is not."
+    """Section 5. In float32 exp(-110) and exp(-120) are both 0, so that fear would win a tie
+    that there is not."""
     trace = make_trace(EMOTIONS, {"a": [("joy", [0.5, 0.25, 0.125, 0.125])]})
     trace.logprobs = np.array([[0, -120, -110, -0.5]], np.float32)
     assert next_labels(trace)["runner_up"].tolist() == ["anger"]
@@ -324,11 +334,15 @@ def test_float32_log_probabilities_are_summarised_in_float64():
 
 def test_next_labels(answers):
     """a1: fear is second and runner-up, held .25, is written next and then has .5.
-    b1: fear is second and runner-up (.25), is written later but not next; joy, next, held .125; fear has .2 at step 2.
-    b2: anger is second (.3), but written: the runner-up is fear, next, held .2; anger has .2 at step 3.
+    b1: fear is second and runner-up (.25), is written later but not next; joy, next, held .125;
+    fear has .2 at step 2.
+    b2: anger is second (.3), but written: the runner-up is fear, next, held .2; anger has .2 at
+    step 3.
     b3: every label is written, no runner-up.   c1: anger is second, and the runner-up.
-    d1: anger is second and runner-up (.3), is never written; joy, next, held .2; anger has .15 at step 2.
-    d2: anger is second, and the only label left.   e1: anger is second (.3), but written: joy is the runner-up."""
+    d1: anger is second and runner-up (.3), is never written; joy, next, held .2; anger has .15
+    at step 2.
+    d2: anger is second, and the only label left.   e1: anger is second (.3), but written: joy is
+    the runner-up."""
     steps, x = next_labels(answers), np.nan
     assert steps["example"].tolist() == list("aabbbcdde") and steps["step"].tolist() == [
         1,
@@ -367,7 +381,8 @@ def test_next_labels(answers):
 
 
 def test_next_label_shares(few_draws, answers):
-    "Intermediate steps: a1, b1, b2, d1, of three items; b1 and d1 are those whose runner-up is not next."
+    """Intermediate steps: a1, b1, b2, d1, of three items; b1 and d1 are those whose runner-up is
+    not next."""
     table = next_label_shares(answers)
     assert list(table.columns) == ["step", *INTERVAL, "rows"]
     expected = {
@@ -391,9 +406,12 @@ def test_next_label_shares(few_draws, answers):
 
 
 def test_invented_and_repeated_labels_are_steps(few_draws):
-    """Step 1: the runner-up, fear, is written at step 4; rage, next, is no label and has no probability.
-    Step 2: runner-up anger (.5) is never written; joy, next, is a repeat and held .125; fear is second, then .5.
-    Step 3: runner-up fear, next. Fear is written at step 4, though it is the second label of the answer."""
+    """Step 1: the runner-up, fear, is written at step 4; rage, next, is no label and has no
+    probability.
+    Step 2: runner-up anger (.5) is never written; joy, next, is a repeat and held .125; fear is
+    second, then .5.
+    Step 3: runner-up fear, next. Fear is written at step 4, though it is the second label of the
+    answer."""
     trace = make_trace(
         EMOTIONS,
         {
@@ -418,7 +436,8 @@ def test_invented_and_repeated_labels_are_steps(few_draws):
 
 
 def test_a_step_without_a_runner_up_is_not_counted():
-    "At step 2 both labels are written; a repeat follows, but there is no runner-up that could be written or not."
+    """At step 2 both labels are written; a repeat follows, but there is no runner-up that could
+    be written or not."""
     steps = next_labels(
         make_trace(
             ["joy", "fear"],
@@ -437,7 +456,8 @@ def test_a_step_without_a_runner_up_is_not_counted():
 
 
 def test_label_ranking_precision():
-    "Relevant at ranks 1 and 3: (1/1 + 2/3) / 2. All tied: 2 of 3 at least as high, twice. Nothing relevant: no value."
+    """Relevant at ranks 1 and 3: (1/1 + 2/3) / 2. All tied: 2 of 3 at least as high, twice.
+    Nothing relevant: no value."""
     scores, relevant = (
         [[0.5, 0.3, 0.2], [0.3, 0.3, 0.3], [0.5, 0.3, 0.2], [0.5, 0.3, 0.2]],
         [[1, 0, 1], [1, 1, 0], [0, 0, 0], [1, 1, 1]],
@@ -461,8 +481,10 @@ def test_label_ranking_precision_is_scikit_learns(tied):
 
 
 def test_first_and_final(answers):
-    """a: joy, fear are the top two, in this order. b: all three; of its pairs (anger joy) and (anger fear) stand as at
-    step 1, (joy fear) does not: (2 - 1) / 3. d: the top two are fear, anger; fear, joy rank 1 and 3. e: anger ranks 2nd."""
+    """a: joy, fear are the top two, in this order. b: all three; of its pairs (anger joy) and
+    (anger fear) stand as at
+    step 1, (joy fear) does not: (2 - 1) / 3. d: the top two are fear, anger; fear, joy rank 1
+    and 3. e: anger ranks 2nd."""
     items, x = first_and_final(answers), np.nan
     assert items["example"].tolist() == list("abde") and items["labels"].tolist() == [2, 3, 2, 1]
     np.testing.assert_allclose(items["top_k_match"], [1, 1, 0, 0])
@@ -486,7 +508,8 @@ def test_first_final_agreement(few_draws, answers):
 
 
 def test_rank_histogram(few_draws, answers):
-    """Step 1 ranks a: joy fear anger, written at 1, 2, never. b: anger fear joy, at 1, 3, 2. d: fear anger joy, at 1,
+    """Step 1 ranks a: joy fear anger, written at 1, 2, never. b: anger fear joy, at 1, 3, 2. d:
+    fear anger joy, at 1,
     never, 2. c and e have not several labels; there is no fourth rank."""
     table = rank_histogram(answers)
     assert set(table.columns) == {"rank", "written_at", *INTERVAL, "rows"} and set(
@@ -504,7 +527,8 @@ def test_rank_histogram(few_draws, answers):
 
 
 def test_order_accuracy(few_draws, answers, gold):
-    "First: joy (right), anger (right), fear. Second: fear, joy, joy (right, d). Third: fear (b). e has one label only."
+    """First: joy (right), anger (right), fear. Second: fear, joy, joy (right, d). Third: fear
+    (b). e has one label only."""
     table = order_accuracy(answers, gold)
     assert list(table.columns) == ["position", *INTERVAL, "rows"]
     np.testing.assert_allclose(table["value"], [2 / 3, 1 / 3, 0])
@@ -515,7 +539,8 @@ def test_order_accuracy(few_draws, answers, gold):
 
 def test_label_order(few_draws):
     """Listed as Zeal, anger, fear; in the alphabet's order anger, fear, Zeal, whatever the case.
-    a, b: anger, Zeal: the alphabet's and the reverse. c: Zeal, fear: the instruction's. d: fear, Zeal, anger: none of them."""
+    a, b: anger, Zeal: the alphabet's and the reverse. c: Zeal, fear: the instruction's. d: fear,
+    Zeal, anger: none of them."""
     p = [0.25] * 4
     trace = make_trace(
         ["Zeal", "anger", "fear"],
@@ -538,7 +563,8 @@ def test_label_order(few_draws):
 
 def test_first_step_quality(few_draws, answers, gold):
     """Ranking: joy 1st (a), anger 1st (b), joy 3rd (d), anger 2nd (e); c has no gold label.
-    AUROC of joy: .5 and .2 against .125, .1, .5: (2.5 + 2) / 6; of anger: .5 and .3 against .125, .15, .3: (3 + 2.5) / 6;
+    AUROC of joy: .5 and .2 against .125, .1, .5: (2.5 + 2) / 6; of anger: .5 and .3 against
+    .125, .15, .3: (3 + 2.5) / 6;
     fear is in no gold set."""
     table = first_step_quality(answers, gold)
     assert list(table.columns) == [*INTERVAL, "excluded"]
@@ -595,11 +621,102 @@ def test_phenomenon_holds_every_table(few_draws, answers, gold):
     }
 
 
+# Label sets, and marginals beside annotators
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_set_metrics_are_scikit_learns(few_draws, seed):
+    "Some sets are empty on one side or on both, and the last label is never found nor gold."
+    rng = np.random.default_rng(seed)
+    found, gold = rng.random((2, 40, 5)) < 0.3
+    found[:, 4] = gold[:, 4] = False
+    found[:2] = gold[1:3] = False
+    expected = [
+        f1_score(gold, found, average="samples", zero_division=1),
+        f1_score(gold, found, average="micro", zero_division=0),
+        f1_score(gold, found, average="macro", zero_division=0),
+        jaccard_score(gold, found, average="samples", zero_division=1),
+    ]
+    table = bootstrap_sets(found, gold)
+    np.testing.assert_allclose(table["value"], expected)
+    assert table["metric"].tolist() == ["example-F1", "micro-F1", "macro-F1", "Jaccard"]
+
+
+def test_set_metrics_of_no_texts():
+    table = bootstrap_sets(np.zeros((0, 3)), np.zeros((0, 3)))
+    assert table["value"].isna().all() and (table["n"] == 0).all()
+
+
+def slow_item_metrics(p, q, multi):
+    "NLL, L1 and Brier of one item, label by label."
+    nll = l1 = brier = 0.0
+    for mine, theirs in zip(p, q):
+        mine_clipped = min(max(mine, 1e-8), 1 - 1e-8)
+        nll -= theirs * np.log(mine_clipped)
+        if multi:
+            nll -= (1 - theirs) * np.log(1 - mine_clipped)
+        l1 += abs(mine - theirs)
+        brier += (mine - theirs) ** 2 / len(p)
+    return nll, l1, brier
+
+
+@pytest.mark.parametrize("multi", [True, False])
+def test_item_metrics_are_their_slow_twin(multi):
+    """Zeros and ones among the marginals are clipped. (1 - 1e-8 is rounded, so not to the last
+    digit.)"""
+    rng = np.random.default_rng(3)
+    p = rng.dirichlet([0.3] * 4, 50)
+    p[:4] = np.eye(4)
+    q = rng.multinomial(3, [0.25] * 4, 50) / 3
+    found = item_metrics(p, q, multi)[["NLL", "L1", "Brier"]]
+    expected = [slow_item_metrics(*row, multi) for row in zip(p, q)]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_calibration_error_is_its_slow_twin():
+    "Pair by pair into bins; 1 belongs to the last one."
+    rng = np.random.default_rng(4)
+    p, q = rng.random((2, 30, 3))
+    p[0] = [0, 1, 0.5]
+    error = 0
+    for low in range(10):
+        inside = [
+            (mine, theirs)
+            for mine, theirs in zip(p.ravel(), q.ravel())
+            if min(int(mine * 10), 9) == low
+        ]
+        if inside:
+            means = np.mean(inside, axis=0)
+            error += abs(means[0] - means[1]) * len(inside) / p.size
+    assert calibration_error(p, q) == pytest.approx(error)
+
+
+def test_noise_ceiling_by_hand(few_draws):
+    """L1. a: each of the two who said joy is predicted with (1/2, 1/2) by the others, the third,
+    who said fear, with (1, 0):
+    1, 1 and 2. b: both agree. Split in half, a has (1, 0) or (0, 1) against (1/2, 1/2) or (1,
+    0). c has one annotator."""
+    labels = LabelSet(["joy", "fear"])
+    votes = [
+        np.array([[1, 0], [1, 0], [0, 1]]),
+        np.array([[1, 1], [1, 1]]),
+        np.array([[1, 0]]),
+    ]
+    task = AnnotatedTexts("tiny", "abc", ["x", "y", "z"], labels, votes)
+    table = noise_ceiling(task)
+    left_out = dict(method="annotators, leave-one-out", metric="L1")
+    assert cell(table, **left_out) == pytest.approx((4 / 3 + 0) / 2)
+    assert 0.5 <= cell(table, method="annotators, split-half", metric="L1") <= 1
+    assert (table["n"] == 2).all() and (table["excluded"] == 1).all()
+    assert noise_ceiling(task.select([2])).empty
+
+
 # Degenerate traces
 
 
 def test_ties_go_to_the_label_that_comes_first(few_draws):
-    "Behind joy, fear is second and the runner-up; the top two are joy and fear, so b, which wrote fear and anger, differs."
+    """Behind joy, fear is second and the runner-up; the top two are joy and fear, so b, which
+    wrote fear and anger, differs."""
     even = [0.25] * 4
     trace = make_trace(
         EMOTIONS, {"a": [("joy", even), ("fear", even)], "b": [("fear", even), ("anger", even)]}
@@ -699,7 +816,8 @@ def test_a_single_label_task(few_draws):
 
 @pytest.mark.parametrize("chosen, ranked", [([], 0), (["joy", "fear", "anger"], 5)])
 def test_a_task_with_one_class_only(few_draws, answers, chosen, ranked):
-    "No label has both classes: no AUROC, three labels excluded. With every label right any ranking is, without any there is none."
+    """No label has both classes: no AUROC, three labels excluded. With every label right any
+    ranking is, without any there is none."""
     table = first_step_quality(answers, make_task(EMOTIONS, dict.fromkeys("abcde", chosen)))
     assert (
         np.isnan(table.loc[2, ["value", "low", "high"]].astype(float)).all()

@@ -1,4 +1,4 @@
-"""Inclusion marginals: trees drawn by chance against enumeration, the model's tree against a plain one."""
+"""Inclusion marginals: random trees against enumeration, the model's tree against a plain one."""
 
 from itertools import permutations
 
@@ -7,13 +7,15 @@ import pytest
 
 from mlc_notebooks.alignment import (
     Branch,
+    OutputTree,
     best_first,
     inclusion_bounds,
     sample_outputs,
     sampled_marginals,
 )
-from mlc_notebooks.data import AnnotatedTexts, LabelSet, list_prompts, load_task
-from mlc_notebooks.models import AnswerTokens
+from mlc_notebooks.data import LabelSet, load_task, unannotated
+from mlc_notebooks.engine import prompt_tree
+from mlc_notebooks.probing import StepReader, ask_for_lists
 
 
 def drawn_tree(labels, seed, sharpness=1.0):
@@ -127,61 +129,83 @@ def test_one_label_and_texts_apart():
     )  # the only label ends the list
 
 
-def plain_branch(lm, next_logprobs, tokens, start, prefix):
+def plain_branch(logprobs_after, tokens, start, prefix):
     "What may follow a prefix, token by token with plain forward passes."
-    kind = "later" if prefix else "first"
-    forms = {
-        label: [f for f in getattr(tokens, kind) if f.outcome == label]
-        for label in range(len(tokens.labels.outcomes))
-    }
+
+    def usual(label, position):
+        return next(form for form in tokens.forms_at(position) if form.outcome == label)
+
     context = start + list(tokens.opening)
-    for place, label in enumerate(prefix):
-        usual = next(f for f in (tokens.later if place else tokens.first) if f.outcome == label)
-        context += [*usual.ids, *tokens.separator]
-    scores, go = [], []
-    for label, spelt in forms.items():
-        total = -np.inf
-        for form in spelt:
-            value, ids = 0.0, list(context)
-            for token in form.ids:
-                value += next_logprobs(lm, ids)[token]
-                ids.append(token)
-            after = next_logprobs(lm, ids)
-            total = np.logaddexp(total, value + np.log(np.exp(after[tokens.terminators]).sum()))
-        scores.append(total)
-        ids = context + list(spelt[0].ids)
-        after, behind = (
-            np.exp(next_logprobs(lm, ids)),
-            np.exp(next_logprobs(lm, ids + [tokens.bare])),
-        )
-        on = after[tokens.go].sum() + after[tokens.bare] * behind[tokens.bare_go].sum()
-        off = after[tokens.stop].sum() + after[tokens.bare] * behind[tokens.bare_stop].sum()
+    for position, label in enumerate(prefix):
+        context += [*usual(label, position).ids, *tokens.separator]
+
+    totals = np.full(len(tokens.labels.outcomes), -np.inf)
+    for form in tokens.forms_at(len(prefix)):
+        value, ids = 0.0, list(context)
+        for token in form.ids:
+            value += logprobs_after(ids)[token]
+            ids.append(token)
+        ended = np.log(np.exp(logprobs_after(ids)[tokens.terminators]).sum())
+        totals[form.outcome] = np.logaddexp(totals[form.outcome], value + ended)
+
+    go = []
+    for label in range(len(tokens.labels)):
+        ids = context + list(usual(label, len(prefix)).ids)
+        after = np.exp(logprobs_after(ids))
+        after_quote = np.exp(logprobs_after(ids + [tokens.bare]))
+        on = after[tokens.go].sum() + after[tokens.bare] * after_quote[tokens.bare_go].sum()
+        off = after[tokens.stop].sum() + after[tokens.bare] * after_quote[tokens.bare_stop].sum()
         go.append(on / (on + off))
-    return Branch.read(scores, np.array(go[:-1]), prefix)
+    return Branch.read(totals, np.array(go), prefix)
 
 
-def test_the_models_tree_equals_one_made_with_plain_passes(tuned_lm, next_logprobs):
+@pytest.fixture(scope="module")
+def two_texts():
     labels = LabelSet(["anger", "fear", "joy"])
     texts = ["I was so scared, and then we laughed.", "Nobody listens to me!!"]
-    task = AnnotatedTexts(
-        "two", ["a", "b"], texts, labels, [np.zeros((0, 3))] * 2, label_noun="emotions"
-    )
-    tokens, prompts = (
-        AnswerTokens(tuned_lm, labels),
-        list_prompts(texts, labels, label_noun="emotions"),
-    )
+    return unannotated(texts, labels, name="two", label_noun="emotions")
+
+
+def test_branches_equal_those_of_plain_passes(tuned_lm, next_logprobs, two_texts):
+    """Four of the twenty prefixes of two texts.
+
+    They are as strong as all: how a branch is read depends on the text, on whether it stands at
+    the first place or a later one (other spellings), and on the tokens before it. Both texts, and
+    the places 0, 1 and 2, are read here, the last after two labels against the label order. That
+    the marginals are the right sum over branches is the next test's, for all prefixes.
+    """
+    asked = ask_for_lists(tuned_lm, two_texts, shots=0)
+    tokens = asked.answer_tokens
+    tree = prompt_tree(tuned_lm, asked.rows.shared)
+    trees = OutputTree(asked, tree, StepReader(tokens, "exact"), range(2))
+    wanted = [(0, ()), (1, ()), (0, (2,)), (0, (2, 0))]
+    seen = {}  # many spellings begin alike: each path is computed once
+
+    def logprobs_after(ids):
+        key = tuple(ids)
+        if key not in seen:
+            seen[key] = next_logprobs(tuned_lm, ids)
+        return seen[key]
+
+    for (text, prefix), found in zip(wanted, trees.expand(wanted)):
+        plain = plain_branch(logprobs_after, tokens, asked.rows[text], prefix)
+        np.testing.assert_allclose(found.following, plain.following, atol=1e-4)
+        np.testing.assert_allclose(found.go, plain.go, atol=1e-4)
+
+
+def test_the_models_marginals_are_the_sum_over_its_branches(tuned_lm, two_texts):
+    asked = ask_for_lists(tuned_lm, two_texts, shots=0)
+    tree = prompt_tree(tuned_lm, asked.rows.shared)
+    trees = OutputTree(asked, tree, StepReader(asked.answer_tokens, "exact"), range(2))
+    prefixes = [order for size in range(3) for order in permutations(range(3), size)]
     by_hand = []
-    for prompt in prompts:
-        start = tuned_lm.encode_prompt(prompt)
-        tree = {
-            prefix: plain_branch(tuned_lm, next_logprobs, tokens, start, prefix)
-            for size in range(3)
-            for prefix in permutations(range(3), size)
-        }
-        by_hand.append(
-            [sum(p for order, p in every_output(tree, 3) if label in order) for label in range(3)]
-        )
-    found = inclusion_bounds(tuned_lm, task, shots=0, tolerance=0, most_looks=None, progress=False)
+    for text in range(2):
+        branches = dict(zip(prefixes, trees.expand([(text, prefix) for prefix in prefixes])))
+        outputs = list(every_output(branches, 3))
+        by_hand.append([sum(p for order, p in outputs if label in order) for label in range(3)])
+    found = inclusion_bounds(
+        tuned_lm, two_texts, shots=0, tolerance=0, most_looks=None, progress=False
+    )
     np.testing.assert_allclose(found.low, by_hand, atol=1e-4)
     np.testing.assert_allclose(found.high, by_hand, atol=1e-4)
     assert (found.looks == 1 + 3 + 6).all()

@@ -62,7 +62,9 @@ def write(values, order):
 
 @pytest.fixture(scope="module")
 def made():
-    "Gold and written sets are independent; layer 0 is noise, layer 1 holds gold, layer 2 the written set, 3 the later labels."
+    """Gold and written sets are independent; layer 0 is noise, layer 1 holds gold, layer 2 the
+    written set, 3 the later labels.
+    """
     rng = np.random.default_rng(7)
     gold, outputs = rng.integers(0, 2, (2, ITEMS, len(LABELS)), dtype=np.uint8)
     outcomes = write(outputs, rng.permuted(np.tile(np.arange(len(LABELS)), (ITEMS, 1)), axis=1))
@@ -86,7 +88,9 @@ def micro(held):
 
 @pytest.mark.parametrize("layer, target", [(1, "Gold"), (2, "Pred"), (3, "Pred 2+")])
 def test_a_probe_finds_what_is_linearly_there(found, layer, target):
-    "And no control does: the shuffled probe is at chance, as is the probe of a layer that holds something else."
+    """And no control does: the shuffled probe is at chance, as is the probe of a layer that holds
+    something else.
+    """
     chance = 0.6  # a fair coin for each of the labels that half of the items have scores .5
     assert micro(found[layer, target, "probe"]) > 0.95
     assert micro(found[layer, target, "shuffled"]) < chance
@@ -99,7 +103,9 @@ def test_what_one_layer_holds_is_not_in_another(found):
 
 
 def test_xor_is_not_linearly_there():
-    "Each label is the XOR of two features that stand plainly in the state: every pair of them is as frequent with as without."
+    """Each label is the XOR of two features that stand plainly in the state: every pair of them is
+    as frequent with as without.
+    """
     rng = np.random.default_rng(1)
     bits = rng.integers(0, 2, (ITEMS, 2 * len(LABELS)), dtype=np.uint8)
     gold = bits[:, ::2] ^ bits[:, 1::2]

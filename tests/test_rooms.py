@@ -1,5 +1,4 @@
-"""The seven rooms: imports go forward only, each room hands on its names, and an import is light.
-"""
+"""The seven rooms: imports go forward only, each room hands on its names, an import is light."""
 
 import ast
 import subprocess

@@ -447,7 +447,7 @@ def test_many_processes_at_one_folder(tmp_path):
 
 
 def test_every_method_goes_on(base_lm, tmp_path):
-    """zero_shot, trees and averages give the same without a folder, with one, and with a damaged one.
+    """zero_shot, trees and averages give the same without a folder, with one, and with parts gone.
 
     A small random model with a real tokenizer, in which the answers begin with different tokens.
     """

@@ -1,4 +1,6 @@
-"""Predictors: what they learn from, that they agree with scikit-learn, that they are the same after saving."""
+"""Predictors: what they learn from, that they agree with scikit-learn, that they are the same after
+saving.
+"""
 
 import numpy as np
 import pandas as pd
@@ -145,7 +147,9 @@ def test_a_label_without_positives_has_a_small_probability(points):
 
 
 def test_composed_probe_equals_its_three_steps(points):
-    "Written out with scikit-learn: standardise, reduce to a quarter of the width, one regression per label."
+    """Written out with scikit-learn: standardise, reduce to a quarter of the width, one regression
+    per label.
+    """
     x, q = points
     x = np.c_[x, x**2, np.ones(len(x))] * 3 + 1
     hard = (q > 0.5).astype(int)

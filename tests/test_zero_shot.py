@@ -1,4 +1,7 @@
-"""Zero-shot methods: hand-worked traces, slow twins, and the known faults of the published code, each a test."""
+"""Zero-shot methods: hand-worked traces, slow twins, known faults of the published code."""
+
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -8,6 +11,7 @@ from scipy.special import log_expit
 
 from mlc_notebooks.alignment import (
     METHODS,
+    OLD_NAMES,
     ask_pairs,
     ask_questions,
     average_prompts,
@@ -127,7 +131,10 @@ def test_none_is_always_read(tuned_lm):
 
 
 def test_bradley_terry_is_deterministic_and_never_nan():
-    "Published: starts from unseeded noise, and its loss can become NaN. Here certain wins too have finite strengths."
+    """Published: starts from unseeded noise, and its loss can become NaN.
+
+    Here certain wins too have finite strengths.
+    """
     certain = np.triu(np.ones((1, 4, 4)), 1)
     first, second = bradley_terry(certain), bradley_terry(certain)
     assert np.isfinite(first).all() and (first == second).all() and (np.diff(first[0]) < 0).all()
@@ -150,7 +157,7 @@ def test_bradley_terry_against_bfgs(ridge):
     found = bradley_terry(wins, ridge)
     for item, strengths in zip(wins, found):
 
-        def loss(t):
+        def loss(t, item=item):
             return -(item * log_expit(t[:, None] - t[None])).sum() + ridge / 2 * (t**2).sum()
 
         np.testing.assert_allclose(strengths, minimize(loss, np.ones(5), tol=1e-12).x, atol=1e-5)
@@ -274,6 +281,43 @@ def test_mean_of_prompts_by_hand():
         (0.08 + 0.08) / 2
     )  # of (.2, .6) and of (.8, .4), n - 1
     assert mean_marginals([first]).attrs["variance"] == 0
+
+
+def run_python(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_the_registry_is_never_empty():
+    "Whichever name of the room is taken first, all methods are there, the cheapest first."
+    code = "from mlc_notebooks.alignment import METHODS; print(*METHODS)"
+    names = run_python(code)
+    assert names[:3] == ["hard", "compare_to_none", "max_over_generations"]
+    assert names[-1] == "max_over_generations_averaged" and len(names) == 15
+    assert run_python("from mlc_notebooks.alignment import methods_for; " + code) == names
+    others = run_python("from mlc_notebooks.alignment import depth_first; " + code)
+    assert sorted(others) == sorted(names)
+
+
+def test_names_are_identifiers_and_those_of_the_functions():
+    for name, method in METHODS.items():
+        assert name.isidentifier() and name == method.name == method.function.__name__
+
+
+def test_old_names_are_understood_with_a_warning(tuned_lm, task):
+    assert set(OLD_NAMES.values()) <= set(METHODS) and not set(OLD_NAMES) & set(METHODS)
+    few, ask = task.select(range(2)), dict(shots=0, progress=False)
+    new = "max_over_generations_calibrated"
+    (old,) = [name for name in OLD_NAMES if OLD_NAMES[name] == new]
+    with pytest.warns(FutureWarning, match=f"is now called {new!r}") as warned:
+        found = zero_shot(tuned_lm, few, [old], **ask)
+    assert list(found) == [new] and warned[0].filename == __file__
+    pd.testing.assert_frame_equal(found[new], zero_shot(tuned_lm, few, [new], **ask)[new])
+    with pytest.warns(FutureWarning, match=f"is now called {new!r}") as warned:
+        mean = average_prompts(tuned_lm, few, old, seeds=[0], **ask)
+    assert warned[0].filename == __file__
+    pd.testing.assert_frame_equal(mean, found[new])
 
 
 def test_averaging_prompts(tuned_lm, task):

@@ -29,12 +29,10 @@ from .calibration import log_odds as log_odds
 from .calibration import step_prior as step_prior
 from .conformal import conformal_sets as conformal_sets
 from .conformal import set_metrics as set_metrics
-from .registry import METHODS as METHODS
 from .registry import Method as Method
 from .registry import OLD_NAMES as OLD_NAMES
 from .registry import SINGLE_LABEL_METHODS as SINGLE_LABEL_METHODS
 from .registry import check_methods as check_methods
-from .registry import methods_for as methods_for
 from .registry import run_methods as run_methods
 from .registry import zero_shot_method as zero_shot_method
 from .trace_methods import compare_to_none as compare_to_none
@@ -75,6 +73,8 @@ from .averaging import average_prompts as average_prompts
 from .averaging import draw_prompt as draw_prompt
 from .averaging import max_over_generations_averaged as max_over_generations_averaged
 from .averaging import mean_marginals as mean_marginals
+from .methods import METHODS as METHODS
+from .methods import methods_for as methods_for
 from .methods import zero_shot as zero_shot
 from .linear import Linear as Linear
 from .linear import check_same_labels as check_same_labels
@@ -108,7 +108,6 @@ from .training import answer_trainer as answer_trainer
 from .training import check_finite as check_finite
 from .training import claim_run as claim_run
 from .training import in_similar_lengths as in_similar_lengths
-from .training import keep_freed_memory as keep_freed_memory
 from .training import log_table as log_table
 from .training import newest_state as newest_state
 from .training import training_is_over as training_is_over
@@ -125,12 +124,11 @@ from .rl import CHECKPOINT_EVERY as CHECKPOINT_EVERY
 from .rl import Policy as Policy
 from .rl import fit_rl as fit_rl
 from .demux import Demux as Demux
+from .demux import DemuxNetwork as DemuxNetwork
 from .demux import demux_loss as demux_loss
-from .demux import jaccard_distance as jaccard_distance
 from .demux import label_question as label_question
 from .demux import label_tokens as label_tokens
 from .demux import pair_penalty as pair_penalty
-from .demux import write_json as write_json
 from .demux_training import fit_demux as fit_demux
 from .emotions import EMOTION_STAGES as EMOTION_STAGES
 from .emotions import EmotionMix as EmotionMix

@@ -1,4 +1,4 @@
-"""Marginals averaged over prompts
+"""Marginals averaged over prompts, and the variance that this removes
 
 Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/averaging.html.md"""
 
@@ -22,56 +22,63 @@ from ..models.lm import LM
 # %% ../../nbs/alignment/08_averaging.ipynb #fcbbfc19
 def draw_prompt(task: AnnotatedTexts, seed: int) -> AnnotatedTexts:
     "The task with its labels in a random order; seed 0 leaves them as they are."
-    return (
-        reorder_labels(task, np.random.default_rng(seed).permutation(list(task.labels)).tolist())
-        if seed
-        else task
-    )
+    if seed == 0:
+        return task
+    order = np.random.default_rng(seed).permutation(list(task.labels))
+    return reorder_labels(task, order.tolist())
 
-
+# %% ../../nbs/alignment/08_averaging.ipynb #91379fb3
 def mean_marginals(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    "Mean of marginals (n, L) of the same items, rows and columns as in the first; `.attrs['variance']` is the mean variance over tables."
-    values = np.stack(
-        [table.loc[tables[0].index, tables[0].columns].to_numpy() for table in tables]
-    )
-    scores = pd.DataFrame(values.mean(0), tables[0].index, tables[0].columns)
-    scores.attrs["variance"] = float(values.var(0, ddof=1).mean()) if len(values) > 1 else 0.0
-    return scores
+    """Mean of marginals (n, L) of the same items, rows and columns as in the first table.
 
+    `.attrs["variance"]` is the mean variance over the tables, 0 for one table.
+    """
+    index = tables[0].index
+    columns = tables[0].columns
+    values = np.stack([table.loc[index, columns].to_numpy() for table in tables])
 
+    mean = pd.DataFrame(values.mean(axis=0), index, columns)
+    mean.attrs["variance"] = 0.0
+    if len(tables) > 1:
+        mean.attrs["variance"] = float(values.var(axis=0, ddof=1).mean())
+    return mean
+
+# %% ../../nbs/alignment/08_averaging.ipynb #2c77522f
 def average_prompts(
     lm: LM,
     task: AnnotatedTexts,
     method: str = "max_over_generations",
     seeds: Sequence[int] = (0, 1, 2, 3),
     shots: int = 10,
-    label_orders: bool = True,  # each seed lists the labels in an order of its own (0: as they are)
+    label_orders: bool = True,  # each seed lists the labels in an order of its own
     demonstrations: bool = True,  # each seed draws demonstrations of its own
-    folder: str
-    | Path
-    | None = None,  # keep finished batches in folders of it, and go on with what is there
+    folder: str | Path | None = None,  # keep finished batches here, and go on with what is there
     **options,  # of `zero_shot`
 ) -> pd.DataFrame:
-    "Mean marginals (n, L) of a method over prompts; `.attrs['variance']` is the mean variance over them."
+    """Mean marginals (n, L) of a method over prompts, with `.attrs["variance"]`.
+
+    Raises `ValueError` for no seeds, and for a method that is unknown or does not fit the task.
+    """
     if not len(seeds):
         raise ValueError("there is no seed to average over: give at least one")
     (method,) = check_methods([method], task)
-    runs = [
-        run_methods(
+
+    tables = []
+    for seed in seeds:
+        prompt = draw_prompt(task, seed) if label_orders else task
+        found = run_methods(
             lm,
-            draw_prompt(task, seed) if label_orders else task,
+            prompt,
             [method],
             shots,
             seed if demonstrations else seeds[0],
             folder=run_folder(folder, f"prompt {seed}"),
             **options,
         )
-        for seed in seeds
-    ]
-    scores = mean_marginals([run[method] for run in runs])
-    return scores[list(task.labels)]
+        tables.append(found[method])
+    return mean_marginals(tables)[list(task.labels)]
 
-
+# %% ../../nbs/alignment/08_averaging.ipynb #515e190f
 @zero_shot_method("model")
 def max_over_generations_averaged(
     lm: LM,
@@ -82,6 +89,5 @@ def max_over_generations_averaged(
     folder: str | Path | None = None,
 ) -> pd.DataFrame:
     "Max-over-generations averaged over 4 prompts: other demonstrations, labels in another order."
-    return average_prompts(
-        lm, task, seeds=range(seed, seed + 4), shots=shots, progress=progress, folder=folder
-    )
+    seeds = range(seed, seed + 4)
+    return average_prompts(lm, task, seeds=seeds, shots=shots, progress=progress, folder=folder)

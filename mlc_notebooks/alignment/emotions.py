@@ -126,7 +126,7 @@ def _draw_texts(
         drawn.append(("brighter-eng", i))
     return drawn
 
-
+# %% ../../nbs/alignment/20_emotions.ipynb #c852e01c
 def _lessons(split: str, mix: EmotionMix, seed: int) -> list[_Lesson]:
     "What the examples from one split say, in random order."
     rng = random.Random(seed)

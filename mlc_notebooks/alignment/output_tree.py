@@ -30,7 +30,7 @@ from ..probing.asking import ListQuestions, ask_for_lists, list_settings
 from ..probing.reading import StepReader, p_go
 from ..probing.steps import probe_steps
 
-# %% ../../nbs/alignment/07_output_tree.ipynb #06bb86e9
+# %% ../../nbs/alignment/07_output_tree.ipynb #04285a87
 def usual_forms(answer_tokens: AnswerTokens, position: int) -> list[Form]:
     "The usual spelling of each label, in label order, at this place of a list."
     usual = {}
@@ -51,7 +51,7 @@ def _write_label(context: Node, answer_tokens: AnswerTokens, position: int, labe
     form = usual_forms(answer_tokens, position)[label]
     return Node(context, [*form.ids, *answer_tokens.separator])
 
-# %% ../../nbs/alignment/07_output_tree.ipynb #55e5387e
+# %% ../../nbs/alignment/07_output_tree.ipynb #37f27d67
 def _usual_ends(reader: StepReader, position: int) -> list[int]:
     "Where each label's usual spelling ends in the trie at this place."
     trie = reader.trie_at(position)
@@ -89,7 +89,7 @@ def _read_branch(
         prior = prior[min(position, len(prior) - 1)]
     return Branch.read(logprobs, np.array(go), prefix, prior)
 
-# %% ../../nbs/alignment/07_output_tree.ipynb #07a4b8f6
+# %% ../../nbs/alignment/07_output_tree.ipynb #181ff86d
 _TOKENS_AT_ONCE = 1024  # in the tries that are computed together
 
 
@@ -114,7 +114,7 @@ def _look(
             branches.append(_read_branch(reader, prefix, logprobs, rows, prior))
     return branches
 
-# %% ../../nbs/alignment/07_output_tree.ipynb #c689e705
+# %% ../../nbs/alignment/07_output_tree.ipynb #3285a323
 class OutputTree:
     "The trees of a batch of texts on a model: `expand` looks at prefixes and remembers them."
 
@@ -157,7 +157,7 @@ class OutputTree:
         parent = self.contexts[text, tuple(before)]
         return _write_label(parent, answer_tokens, len(before), label)
 
-# %% ../../nbs/alignment/07_output_tree.ipynb #e2113f73
+# %% ../../nbs/alignment/07_output_tree.ipynb #0e912faf
 def _over_texts(
     lm: LM,
     task: AnnotatedTexts,
@@ -215,7 +215,7 @@ def _gather(found: Sequence[Found], task: AnnotatedTexts) -> Bounds:
         looks=pd.Series([one.looks for one in found], index),
     )
 
-# %% ../../nbs/alignment/07_output_tree.ipynb #f78c70b2
+# %% ../../nbs/alignment/07_output_tree.ipynb #e14ea29c
 def inclusion_bounds(
     lm: LM,
     task: AnnotatedTexts,
@@ -246,7 +246,7 @@ def inclusion_marginals(lm: LM, task: AnnotatedTexts, shots: int = 10, **options
     "P(label in the output), (n, L): the estimate of `inclusion_bounds`, whose options it takes."
     return inclusion_bounds(lm, task, shots, **options).estimate
 
-# %% ../../nbs/alignment/07_output_tree.ipynb #2ca8ac35
+# %% ../../nbs/alignment/07_output_tree.ipynb #aaae8363
 def sampled_marginals(
     lm: LM,
     task: AnnotatedTexts,
@@ -305,7 +305,7 @@ def marginals_calibrated(
     kept = run_folder(folder, "trees")
     return inclusion_marginals(lm, task, shots, prior=prior, folder=kept, **ask, **options)
 
-# %% ../../nbs/alignment/07_output_tree.ipynb #5f3c409c
+# %% ../../nbs/alignment/07_output_tree.ipynb #811dcf27
 @zero_shot_method("model")
 def marginals_sampled(
     lm: LM, task: AnnotatedTexts, shots: int = 10, seed: int = 0, progress: bool = True, **options

@@ -20,12 +20,12 @@ from scipy.special import expit, log_expit, softmax
 from .calibration import Platt
 from .questions import Answered, ask_questions, two_way, with_cost
 from .registry import zero_shot_method
-from ..data.demonstrations import binary_demonstrations, shots_of
+from ..data.demonstrations import binary_demonstrations_for
 from ..data.prompts import binary_prompts, check_texts
 from ..data.texts import AnnotatedTexts
 from ..models.lm import LM
 
-# %% ../../nbs/alignment/05_pairs.ipynb #678110bc
+# %% ../../nbs/alignment/05_pairs.ipynb #726bde96
 def _differences(strengths: np.ndarray) -> np.ndarray:
     "(n, K, K): the strength of a less that of b, at [:, a, b]."
     return strengths[:, :, None] - strengths[:, None, :]
@@ -89,7 +89,7 @@ def _check_wins(wins: np.ndarray, ridge: float):
                 "some outcomes always win; give a ridge above 0"
             )
 
-# %% ../../nbs/alignment/05_pairs.ipynb #740ebfa8
+# %% ../../nbs/alignment/05_pairs.ipynb #1d09267b
 def bradley_terry(
     wins: np.ndarray,  # (n, K, K): how often a beat b in item i, in shares, at [i, a, b]
     ridge: float = 0.01,
@@ -120,7 +120,7 @@ def bradley_terry(
         "raise the ridge or most_rounds"
     )
 
-# %% ../../nbs/alignment/05_pairs.ipynb #e193cc5a
+# %% ../../nbs/alignment/05_pairs.ipynb #2fffdf37
 def _wins(first_wins: np.ndarray, pairs, size: int, soft: bool) -> np.ndarray:
     "(n, K, K) wins of each outcome over each other, averaged over the orders asked."
     if not soft:
@@ -175,7 +175,7 @@ def ask_pairs(
     Raises what `ask_questions` raises, and `ValueError` for a text that is empty.
     """
     check_texts(task.ids, task.texts)
-    shown = shots_of(task, shots, seed, binary_demonstrations)
+    shown = binary_demonstrations_for(task, shots, seed)
     outcomes = tuple(task.labels.outcomes)
 
     pairs = list(combinations(range(len(outcomes)), 2))
@@ -188,7 +188,7 @@ def ask_pairs(
     first_wins = np.stack([two_way(logprobs) for logprobs in asked.logprobs])
     return PairAnswers(first_wins, pairs, outcomes, tuple(task.ids), asked)
 
-# %% ../../nbs/alignment/05_pairs.ipynb #062a5240
+# %% ../../nbs/alignment/05_pairs.ipynb #c97cc7cc
 @zero_shot_method("model")
 def binary_breakdown(
     lm: LM,

@@ -100,7 +100,7 @@ def _read_prompts(
     logits = read.logits.repeat_interleave(group, 0)
     return logits, cache, seen.repeat_interleave(group, 0)
 
-
+# %% ../../nbs/alignment/16_policy_gradient.ipynb #3a774927
 def _read_on(
     model: torch.nn.Module, ids: torch.Tensor, seen: torch.Tensor, cache: DynamicCache
 ) -> torch.Tensor:

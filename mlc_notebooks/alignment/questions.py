@@ -26,7 +26,7 @@ from ..engine.runs import in_batches, run_settings
 from ..engine.tree import Node, TokenRows, compute_groups
 from ..models.lm import LM
 
-# %% ../../nbs/alignment/04_questions.ipynb #516c6d98
+# %% ../../nbs/alignment/04_questions.ipynb #bd96f5b5
 def question_trie(root: Node, rows: Sequence[Sequence[int]]) -> tuple[list[Node], list[int]]:
     """Nodes below `root`, parents first, and for each row the position of the node at its end.
 
@@ -79,7 +79,7 @@ def two_way(logprobs: np.ndarray) -> np.ndarray:
     "Of log-probabilities (questions, 2), the probability of the first answer against the second."
     return softmax(logprobs.astype(float), axis=1)[:, 0]
 
-# %% ../../nbs/alignment/04_questions.ipynb #9ca659d1
+# %% ../../nbs/alignment/04_questions.ipynb #41ab9059
 def _first_tokens(lm: LM, answers: Sequence[str], before: str) -> list[int]:
     "The first token of each answer; raises `ValueError` where two are the same."
     firsts = [lm.encode_text(before + answer)[0] for answer in answers]
@@ -100,7 +100,7 @@ def _check_lengths(lm: LM, rows: TokenRows):
             "lower shots or shorten the text"
         )
 
-# %% ../../nbs/alignment/04_questions.ipynb #a5a98778
+# %% ../../nbs/alignment/04_questions.ipynb #2e72400b
 def _ask_batch(tree, texts: Sequence[list], watch) -> list[tuple[np.ndarray, int]]:
     """Per text: log-probabilities (questions, watched tokens), and how many tokens were computed.
 
@@ -133,7 +133,7 @@ def _texts_per_pass(root: Node, rows: list) -> int:
     nodes, _ = question_trie(root, rows)
     return max(1, _TOKENS_AT_ONCE // _tokens_in(nodes))
 
-# %% ../../nbs/alignment/04_questions.ipynb #ebc17486
+# %% ../../nbs/alignment/04_questions.ipynb #d3936636
 def ask_questions(
     lm: LM,
     prompts: Sequence[Sequence[Prompt]],  # the questions about each text

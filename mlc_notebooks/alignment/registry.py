@@ -1,4 +1,4 @@
-"""The registry of zero-shot methods
+"""The registry of zero-shot methods: how one is entered, named and run
 
 Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/registry.html.md"""
 
@@ -25,11 +25,13 @@ from ..probing.trace import Trace
 # %% ../../nbs/alignment/02_registry.ipynb #cbc8bcc8
 @dataclass(frozen=True)
 class Method:
-    "A way to marginals: function(trace), or function(lm, task, shots, seed, progress, folder)."
+    "A way to marginals."
 
     name: str
     needs: str  # "trace" or "model"
-    function: Callable[..., pd.DataFrame]
+    function: Callable[
+        ..., pd.DataFrame
+    ]  # of a trace; or of lm, task, shots, seed, progress, folder
     about: str  # one line
 
 
@@ -66,27 +68,30 @@ SINGLE_LABEL_METHODS = (
 
 
 def methods_for(task: AnnotatedTexts) -> list[str]:
-    """The names in `METHODS` that fit the task.
-
-    On single-label tasks an answer has one step, so the other methods coincide or fail.
-    """
+    "The names in `METHODS` that fit the task."
     if task.labels.is_multi:
         return list(METHODS)
     return [name for name in METHODS if name in SINGLE_LABEL_METHODS]
+
+# %% ../../nbs/alignment/02_registry.ipynb #e6a752b9
+def _new_name(name: str) -> str:
+    "The name itself, or the one that replaces it, with a warning."
+    if name not in OLD_NAMES:
+        return name
+    warnings.warn(
+        f"the method {name!r} is now called {OLD_NAMES[name]!r}; the old name goes with "
+        "the next release",
+        FutureWarning,
+        stacklevel=4,
+    )
+    return OLD_NAMES[name]
 
 
 def check_methods(names: Sequence[str], task: AnnotatedTexts) -> list[str]:
     "The names, old ones replaced; raises `ValueError` for one that is unknown or does not fit."
     checked = []
     for name in names:
-        if name in OLD_NAMES:
-            warnings.warn(
-                f"the method {name!r} is now called {OLD_NAMES[name]!r}; the old name goes with "
-                "the next release",
-                FutureWarning,
-                stacklevel=3,
-            )
-            name = OLD_NAMES[name]
+        name = _new_name(name)
         if name not in METHODS:
             raise ValueError(f"unknown method {name!r}: choose from {list(METHODS)}")
         if name not in methods_for(task):
@@ -105,7 +110,7 @@ def run_methods(
     seed: int,
     trace: Trace | None = None,  # for the methods that read one; None: probed here
     progress: bool = True,
-    folder: str | Path | None = None,  # keep finished batches in folders of it, one a method
+    folder: str | Path | None = None,  # keep finished batches in folders of it, one per method
     **probing,  # of `probe_steps`
 ) -> dict[str, pd.DataFrame]:
     "Marginals (n, L) by method name."
@@ -113,14 +118,15 @@ def run_methods(
     if trace is None and needs_trace:
         kept = run_folder(folder, "trace")
         trace = probe_steps(lm, task, shots, seed=seed, progress=progress, folder=kept, **probing)
+
     marginals = {}
     for name in names:
-        function = METHODS[name].function
-        if METHODS[name].needs == "trace":
-            marginals[name] = function(trace)
+        method = METHODS[name]
+        if method.needs == "trace":
+            marginals[name] = method.function(trace)
             continue
         asking = {"shots": shots, "seed": seed, "progress": progress}
-        if folder:  # a method of somebody's own may know no folder
+        if folder:
             asking["folder"] = run_folder(folder, name)
-        marginals[name] = function(lm, task, **asking)
+        marginals[name] = method.function(lm, task, **asking)
     return marginals

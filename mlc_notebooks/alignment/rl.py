@@ -39,6 +39,7 @@ from ..data.texts import AnnotatedTexts, training_data
 from ..engine.memory import process_policy
 from ..engine.parts import write_whole
 from ..models.lm import LM, load_lm
+from ..models.quiet import bar_options
 
 # %% ../../nbs/alignment/17_rl.ipynb #715b42a0
 @dataclass(frozen=True)
@@ -237,7 +238,9 @@ def _tune(
         log = _load_state(checkpoint, weights, optimizer)
 
     done = len(log)
-    bar = tqdm(total=len(batches), initial=done, desc="tuning", unit="step", disable=not progress)
+    bar = tqdm(
+        total=len(batches), initial=done, desc="tuning", unit="step", **bar_options(progress)
+    )
     with bar:
         for step in range(done, len(batches)):
             generator = _generator(lm.device, settings.seed, step)

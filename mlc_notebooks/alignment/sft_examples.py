@@ -151,7 +151,7 @@ def _shared_tokens(batch: Sequence[Example]) -> int:
     before_answers = min(example.scored.index(True) for example in batch)
     return min(common_prefix([example.ids for example in batch]), before_answers)
 
-
+# %% ../../nbs/alignment/13_sft_examples.ipynb #c95ae91e
 def _packed_row(batch: Sequence[Example]) -> _Rows:
     "All examples in one row; the tokens that all of them begin with stand there once."
     shared = _shared_tokens(batch)

@@ -1,4 +1,4 @@
-"""Marginals for every label out of a model that was not trained for it
+"""Marginals from the steps of an answer that is there already
 
 Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/trace_methods.html.md"""
 
@@ -16,98 +16,97 @@ from scipy.special import expit, softmax
 from .calibration import Platt, divide_prior
 from .registry import zero_shot_method
 from ..metrics.alignment import EPS
+from ..probing.reading import p_go
 from ..probing.trace import Trace
 
 # %% ../../nbs/alignment/03_trace_methods.ipynb #66fc00b3
-def _table(values, trace: Trace) -> pd.DataFrame:
+def _table(values: np.ndarray, trace: Trace) -> pd.DataFrame:
     "(n, L) values as marginals; single-label rows are divided by their sum."
     values = np.asarray(values, float)
     if not trace.labels.is_multi:
-        values = values / values.sum(1, keepdims=True)
+        values = values / values.sum(axis=1, keepdims=True)
     return pd.DataFrame(values, trace.items.index, list(trace.labels))
 
 
-def _by_item(trace: Trace, values: np.ndarray, reduce: str) -> np.ndarray:
-    "Reduce (steps, k) to (n, k) over the steps of each item, items in order."
-    return (
-        pd.DataFrame(values)
-        .groupby(trace.steps["example"].to_numpy())
-        .agg(reduce)
-        .loc[trace.items.index]
-        .to_numpy()
-    )
-
-
-def _first(trace: Trace) -> np.ndarray:
-    "Log-probabilities (n, L+1) at step 1, in float64."
-    return trace.logprobs[(trace.steps["step"] == 1).to_numpy()].astype(float)
+def _largest_per_item(trace: Trace, values: np.ndarray) -> np.ndarray:
+    "(n, k) the largest of (steps, k) values over the steps of each item, items in order."
+    examples = trace.steps["example"].to_numpy()
+    largest = pd.DataFrame(values).groupby(examples).max()
+    return largest.loc[trace.items.index].to_numpy()
 
 
 @zero_shot_method("trace")
 def hard(trace: Trace, eps: float = EPS) -> pd.DataFrame:
     "1 - eps for the labels written, eps for the others: the answer taken at its word."
-    return _table(np.where(trace.predictions() == 1, 1 - eps, eps), trace)
+    written = trace.predictions() == 1
+    return _table(np.where(written, 1 - eps, eps), trace)
 
-
+# %% ../../nbs/alignment/03_trace_methods.ipynb #b95879d4
 @zero_shot_method("trace")
-def compare_to_none(trace: Trace, platt: Platt | None = None) -> pd.DataFrame:
-    "sigmoid(log p(l) - log p(none)) at step 1; with a `Platt` fitted on such differences, its sigmoid."
-    scores = _first(trace)
+def compare_to_none(
+    trace: Trace,
+    platt: Platt | None = None,  # fitted on such differences of log-probabilities
+) -> pd.DataFrame:
+    "sigmoid(log p(l) - log p(none)) at step 1, or of a `Platt` map of that difference."
+    is_first = (trace.steps["step"] == 1).to_numpy()
+    logprobs = trace.logprobs[is_first].astype(float)
     if not trace.labels.is_multi:
-        return _table(softmax(scores, axis=1), trace)
-    odds = pd.DataFrame(scores[:, :-1] - scores[:, -1:], trace.items.index, list(trace.labels))
-    return platt(odds) if platt is not None else expit(odds)
+        return _table(softmax(logprobs, axis=1), trace)
+
+    differences = logprobs[:, :-1] - logprobs[:, -1:]
+    log_odds = pd.DataFrame(differences, trace.items.index, list(trace.labels))
+    return expit(log_odds) if platt is None else platt(log_odds)
 
 
 @zero_shot_method("trace")
 def max_over_generations(trace: Trace) -> pd.DataFrame:
     "The largest probability that a label has at any step of the answer."
-    return _table(_by_item(trace, trace.probs[:, : len(trace.labels)], "max"), trace)
+    labels = len(trace.labels)
+    return _table(_largest_per_item(trace, trace.probs[:, :labels]), trace)
+
+# %% ../../nbs/alignment/03_trace_methods.ipynb #d09ac1af
+def _is_written(trace: Trace) -> np.ndarray:
+    "(steps, L) whether the step wrote the label."
+    names = np.array(list(trace.labels), dtype=object)
+    return trace.steps["wrote"].to_numpy()[:, None] == names
+
+
+def _table_of_written(trace: Trace, values: np.ndarray) -> pd.DataFrame:
+    "Marginals from (steps, L) values, each at the step that wrote the label; 0 if none did."
+    marginals = _largest_per_item(trace, _is_written(trace) * values)
+    if not trace.labels.is_multi:
+        nothing = marginals.sum(axis=1, keepdims=True) == 0
+        marginals = np.where(nothing, 1.0, marginals)
+    return _table(marginals, trace)
 
 
 @zero_shot_method("trace")
 def written_probability(trace: Trace) -> pd.DataFrame:
-    "A label's probability at the step that wrote it, 0 for labels not written (arXiv 2511.22312)."
-    return _table_floor(
-        _by_item(
-            trace, _where_written(trace) * np.exp(trace.logprobs[:, : len(trace.labels)]), "max"
-        ),
-        trace,
-    )
+    "A label's probability at the step that wrote it, 0 if not written (arXiv 2511.22312)."
+    return _table_of_written(trace, np.exp(trace.logprobs[:, : len(trace.labels)]))
+
+# %% ../../nbs/alignment/03_trace_methods.ipynb #35f290af
+def _written_probs(trace: Trace) -> np.ndarray:
+    "(steps,) probability of the outcome that each step wrote, 1 where it wrote no outcome."
+    probs = np.exp(trace.logprobs)
+    column = {name: i for i, name in enumerate(trace.labels.outcomes)}
+    wrote = np.ones(len(probs))
+    for row, name in enumerate(trace.steps["wrote"]):
+        if name in column:
+            wrote[row] = probs[row, column[name]]
+    return wrote
 
 
 @zero_shot_method("trace")
 def path_product(trace: Trace) -> pd.DataFrame:
-    "The product of the written outcomes' probabilities and of going on, up to the label; 0 if not written (arXiv 2511.22312)."
-    probs = np.exp(trace.logprobs)
-    position = {name: i for i, name in enumerate(trace.labels.outcomes)}
-    wrote = np.array(
-        [
-            probs[row, position[name]] if name in position else 1.0
-            for row, name in enumerate(trace.steps["wrote"])
-        ]
-    )
-    p_go = (trace.steps["go"] / (trace.steps["go"] + trace.steps["stop"])).fillna(1.0).to_numpy()
-    frame = pd.DataFrame({"example": trace.steps["example"], "wrote": wrote, "go": p_go})
-    before = frame.groupby("example")["go"].shift(1, fill_value=1.0)
-    along = (wrote * before).groupby(frame["example"]).cumprod().to_numpy() if len(frame) else wrote
-    return _table_floor(_by_item(trace, _where_written(trace) * along[:, None], "max"), trace)
+    "Product of the written outcomes' probabilities and of going on (arXiv 2511.22312)."
+    examples = trace.steps["example"]
+    going_on = p_go(trace.steps["go"], trace.steps["stop"]).fillna(1.0)
+    reached = going_on.groupby(examples).shift(1, fill_value=1.0)  # step 1 is always reached
+    along = (_written_probs(trace) * reached).groupby(examples).cumprod()
+    return _table_of_written(trace, along.to_numpy()[:, None])
 
-
-def _where_written(trace) -> np.ndarray:
-    "(steps, L) 1 where the step wrote the label."
-    return (
-        trace.steps["wrote"].to_numpy()[:, None] == np.array(list(trace.labels), dtype=object)[None]
-    )
-
-
-def _table_floor(values, trace):
-    "Marginals of a method that can leave a whole row at 0: uniform there on single-label tasks."
-    if not trace.labels.is_multi:
-        values = np.where(values.sum(1, keepdims=True) > 0, values, 1.0)
-    return _table(values, trace)
-
-
+# %% ../../nbs/alignment/03_trace_methods.ipynb #8ab2bad4
 @zero_shot_method("trace")
 def compare_to_none_calibrated(trace: Trace) -> pd.DataFrame:
     "Compare-to-none after each step's mean over all texts is divided out."

@@ -6,15 +6,13 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/training.html.md""
 
 # %% auto #0
 __all__ = ['LINEAR_LAYERS', 'TuningSettings', 'add_adapter', 'in_similar_lengths', 'check_finite', 'answer_trainer', 'log_table',
-           'claim_run', 'newest_state', 'training_is_over', 'keep_freed_memory']
+           'claim_run', 'newest_state', 'training_is_over']
 
 # %% ../../nbs/alignment/14_training.ipynb #5af57181
 import contextlib
-import ctypes
 import json
 import math
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,15 +255,3 @@ def newest_state(checkpoints: Path) -> dict | None:
 def training_is_over(state: dict) -> bool:
     "True if the Trainer had done its last step, or had stopped early, at this checkpoint."
     return state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
-
-# %% ../../nbs/alignment/14_training.ipynb #0b57dde9
-def keep_freed_memory():
-    "Nothing; glibc keeps freed memory from now on. Other systems stay as they are."
-    if sys.platform == "linux":
-        for option, value in (
-            (-4, 0),
-            (-1, 2**31 - 1),
-            (-2, 2**28),
-        ):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            with contextlib.suppress(OSError, AttributeError):
-                ctypes.CDLL("libc.so.6").mallopt(option, value)

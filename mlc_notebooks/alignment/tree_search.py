@@ -66,7 +66,7 @@ class Found:
         "(L,) upper bounds."
         return np.minimum(self.marginals + self.missing, 1)
 
-# %% ../../nbs/alignment/06_tree_search.ipynb #01d6615c
+# %% ../../nbs/alignment/06_tree_search.ipynb #14f3af76
 def _add_branch(found: Found, heap: list, p_reached: float, prefix: Prefix, branch: Branch):
     "Add what follows a prefix, which is reached and goes on with probability `p_reached`."
     p_label = p_reached * branch.following[:-1]
@@ -83,7 +83,7 @@ def _add_branch(found: Found, heap: list, p_reached: float, prefix: Prefix, bran
     else:  # without rounding errors
         found.missing = 0.0
 
-# %% ../../nbs/alignment/06_tree_search.ipynb #fb452889
+# %% ../../nbs/alignment/06_tree_search.ipynb #3bf6e0f1
 def _take_likeliest(
     found: Found, heap: list, tolerance: float, most_looks: int | None, cutoff: float, at_once: int
 ) -> list[tuple[Prefix, float]]:
@@ -100,7 +100,7 @@ def _take_likeliest(
         taken.append((prefix, -negative))
     return taken
 
-# %% ../../nbs/alignment/06_tree_search.ipynb #a7a26adb
+# %% ../../nbs/alignment/06_tree_search.ipynb #a456f6cd
 def _guess_missing(found: Found, heap: list, first: np.ndarray) -> np.ndarray:
     "(L,) the estimate: each prefix on the heap gets one more label, as step 1 had those left."
     estimate = found.marginals.copy()
@@ -119,7 +119,7 @@ def _fill_estimates(found: list[Found], heaps: list[list], expand: Expand):
             first = start.following[:-1]
         one.estimate = _guess_missing(one, heaps[text], first)
 
-# %% ../../nbs/alignment/06_tree_search.ipynb #207f476a
+# %% ../../nbs/alignment/06_tree_search.ipynb #75bbb64d
 def best_first(
     expand: Expand,
     texts: int,  # how many
@@ -148,7 +148,7 @@ def best_first(
     _fill_estimates(found, heaps, expand)
     return found
 
-# %% ../../nbs/alignment/06_tree_search.ipynb #d9709bce
+# %% ../../nbs/alignment/06_tree_search.ipynb #19fa63fa
 @dataclass
 class _Paths:
     "Drawn paths that have written the same prefix."
@@ -165,7 +165,7 @@ def _draw_step(rng, paths: _Paths, branch: Branch) -> tuple[np.ndarray, np.ndarr
     expected = paths.count * paths.p_go * branch.following
     return drawn[:-1], expected[:-1]  # without `none`
 
-
+# %% ../../nbs/alignment/06_tree_search.ipynb #9232e60d
 def sample_outputs(
     expand: Expand, texts: int, labels: int, samples: int = 20, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from .labels import LabelSet, nfc, surface_forms
 
-# %% ../../nbs/data/01_answers.ipynb #99908448
+# %% ../../nbs/data/01_answers.ipynb #ace234fa
 def _check_marks(name: str, forbidden: tuple[str, ...], fmt: str):
     for mark in forbidden:
         if mark in f" {name} ":  # as the name stands between two others
@@ -84,7 +84,7 @@ class AnswerFormat:
         if labels.is_multi:
             _check_none(labels.none, self.lead, self.name)
 
-# %% ../../nbs/data/01_answers.ipynb #cc9d2cf6
+# %% ../../nbs/data/01_answers.ipynb #76f641c3
 _JSON = AnswerFormat(
     "json",
     opening='{"label": ["',
@@ -120,7 +120,7 @@ _POLYSYNDETON = AnswerFormat(
     later_spaces=(" ", ""),
 )
 
-# %% ../../nbs/data/01_answers.ipynb #9bde1e4a
+# %% ../../nbs/data/01_answers.ipynb #9c94b78f
 FORMATS = {fmt.name: fmt for fmt in (_JSON, _COMMA, _POLYSYNDETON)}
 
 
@@ -132,7 +132,7 @@ def answer_format(name: str | AnswerFormat) -> AnswerFormat:
         raise ValueError(f"unknown answer format {name!r}: choose one of {sorted(FORMATS)}")
     return FORMATS[name]
 
-# %% ../../nbs/data/01_answers.ipynb #2dcc5225
+# %% ../../nbs/data/01_answers.ipynb #d78fa004
 @dataclass(frozen=True)
 class Flag:
     "A mark on a prompt, an answer or a step that is unusual."
@@ -142,7 +142,7 @@ class Flag:
     meaning: str
     irregular: bool = False  # whether an answer with it counts as irregular
 
-# %% ../../nbs/data/01_answers.ipynb #2d5c333c
+# %% ../../nbs/data/01_answers.ipynb #4e543b3b
 _ALL_FLAGS = (
     Flag("text_truncated", "prompt", "the end of the text was cut, so that the prompt fits"),
     Flag("boundary_merged", "prompt", "prompt and answer tokenised together give other ids"),
@@ -185,7 +185,7 @@ class ParsedAnswer:
         named = [entry.outcome for entry in self.entries if entry.outcome]
         return tuple(dict.fromkeys(named))
 
-# %% ../../nbs/data/01_answers.ipynb #eae59bb6
+# %% ../../nbs/data/01_answers.ipynb #9e7e5b7e
 _OPEN_JSON = re.compile(r'\{\s*"label"\s*:\s*\[')
 _EMPTY_JSON = re.compile(r"\s*\]")
 _STRING = re.compile(r'\s*"((?:[^"\\]|\\.)*)"', re.DOTALL)
@@ -229,7 +229,7 @@ def _scan_json(text: str) -> tuple[list[tuple[str, int, int]], set[str]]:
     unfinished = _OPEN_STRING.match(text, at)
     return entries, flags | {"truncated" if unfinished else "invalid"}
 
-# %% ../../nbs/data/01_answers.ipynb #1050b226
+# %% ../../nbs/data/01_answers.ipynb #25c4c77a
 def _list_line(text: str, fmt: AnswerFormat) -> tuple[str, bool]:
     "The line that holds the list, and whether something ends it."
     line, ended, _ = text.partition("\n")
@@ -270,7 +270,7 @@ def _scan_line(
         flags.add("truncated")
     return entries, flags
 
-# %% ../../nbs/data/01_answers.ipynb #d4f5fca8
+# %% ../../nbs/data/01_answers.ipynb #0f759856
 def _recognise(found: list[tuple[str, int, int]], labels: LabelSet) -> list[Entry]:
     "What was found, with the outcome that each entry names."
     spelled = {}  # spelling -> outcome

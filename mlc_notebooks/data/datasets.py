@@ -17,7 +17,7 @@ from . import boxes, embedded, official  # noqa: F401  (they register loaders)
 from .sources import GENERATORS, SOURCES, Source
 from .texts import AnnotatedTexts
 
-# %% ../../nbs/data/08_datasets.ipynb #c4e81cbf
+# %% ../../nbs/data/08_datasets.ipynb #d1c6623f
 def task_folder(name: str, variant: str = "") -> Path:
     "The folder of a data set: the sample in the package, or the folder under MLC_DATA."
     sample = Path(str(files("mlc_notebooks"))) / "samples" / SOURCES[name].folder
@@ -25,7 +25,7 @@ def task_folder(name: str, variant: str = "") -> Path:
         return sample
     return Path(os.environ.get("MLC_DATA", ".")) / SOURCES[name].folder
 
-# %% ../../nbs/data/08_datasets.ipynb #811dc12a
+# %% ../../nbs/data/08_datasets.ipynb #2789ca8a
 def _parse_name(name: str) -> tuple[str, str, dict]:
     "The name in `SOURCES`, the variant, and the options of the loader that the variant stands for."
     if name in SOURCES:

@@ -6,7 +6,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/data/demonstrations.html.md"
 
 # %% auto #0
 __all__ = ['draw_demonstrations', 'demonstrations_for', 'similar_demonstrations', 'unary_demonstrations', 'binary_demonstrations',
-           'unary_demonstrations_for', 'binary_demonstrations_for', 'shots_of']
+           'unary_demonstrations_for', 'binary_demonstrations_for']
 
 # %% ../../nbs/data/10_demonstrations.ipynb #f3b67f97
 from collections.abc import Callable, Sequence
@@ -213,9 +213,3 @@ def binary_demonstrations_for(
     if shots == 0:
         return []
     return binary_demonstrations(task.pool, shots, seed, exclude=task.texts)
-
-# %% ../../nbs/data/10_demonstrations.ipynb #08be9206
-def shots_of(task, shots, seed, draw):
-    "`draw` applied to the task's train split; replaced by the functions above."
-    _check_shots(task, shots)
-    return draw(task.pool, shots, seed, task.texts) if shots else []

@@ -39,7 +39,7 @@ def _goemotions_labels(names: list[str], groups: bool) -> tuple[LabelSet, list[s
     target = [None if name == "neutral" else group_of.get(name, name) for name in names]
     return LabelSet(sorted({label for label in target if label})), target
 
-# %% ../../nbs/data/05_embedded.ipynb #3dc5205d
+# %% ../../nbs/data/05_embedded.ipynb #5c95d301
 def _goemotions_aggregated(
     folder: Path, split: str, labels: LabelSet, target: list[str | None]
 ) -> pd.DataFrame:
@@ -66,7 +66,7 @@ def _goemotions_raters(
         votes.append(labels.vector(chosen)[None])
     return join_annotators(rows.assign(votes=votes))
 
-# %% ../../nbs/data/05_embedded.ipynb #d7c7a5d7
+# %% ../../nbs/data/05_embedded.ipynb #5fa89479
 @loader(
     "goemotions",
     "https://github.com/google-research/google-research/tree/master/goemotions",
@@ -123,7 +123,7 @@ def _brighter_annotators(path: Path, labels: LabelSet, threshold: int) -> dict[s
         votes[key] = (values.fillna(0) >= threshold).to_numpy(np.uint8)
     return votes
 
-# %% ../../nbs/data/05_embedded.ipynb #85b8e031
+# %% ../../nbs/data/05_embedded.ipynb #e666a428
 @loader("brighter", "https://brighter-dataset.github.io/", "CC BY 4.0", "emotions")
 def load_brighter(
     folder: Path,
@@ -192,7 +192,7 @@ def _convabuse_votes(row: dict, labels: LabelSet) -> np.ndarray:
             votes.append([_chose(cell) for cell in cells])
     return np.array(votes, np.uint8).reshape(-1, len(labels))
 
-# %% ../../nbs/data/05_embedded.ipynb #67b16a15
+# %% ../../nbs/data/05_embedded.ipynb #7c134fda
 def _dialogue(row: dict) -> str:
     "The turns that there are, each after its speaker."
     turns = {"prev_agent": "Agent", "prev_user": "User", "agent": "Agent", "user": "User"}

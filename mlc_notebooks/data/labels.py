@@ -23,12 +23,12 @@ def surface_forms(label: str) -> list[str]:
         return [label]
     return [label, capitalised]
 
-# %% ../../nbs/data/00_labels.ipynb #bb805423
+# %% ../../nbs/data/00_labels.ipynb #4a20bb05
 def nfc(text: str) -> str:
     "`text` with each letter and its accent as one character (NFC), as many tokenizers read it."
     return unicodedata.normalize("NFC", text)
 
-# %% ../../nbs/data/00_labels.ipynb #29d535e5
+# %% ../../nbs/data/00_labels.ipynb #4255df07
 def _check_name(name: str):
     if not isinstance(name, str):
         raise TypeError(f"a label must be a string, got {name!r}")
@@ -41,7 +41,7 @@ def _check_name(name: str):
             f"label {name!r} holds a line break or another character that cannot be printed"
         )
 
-# %% ../../nbs/data/00_labels.ipynb #6cc1c124
+# %% ../../nbs/data/00_labels.ipynb #e9542107
 def _spellings(name: str) -> set[str]:
     "Every surface form of `name`, without differences of case and of stored accents."
     return {nfc(form).casefold() for form in surface_forms(name)}
@@ -58,7 +58,7 @@ def _check_distinct(names: Iterable[str]):
                 )
             spelled[spelling] = name
 
-# %% ../../nbs/data/00_labels.ipynb #dcf40cfe
+# %% ../../nbs/data/00_labels.ipynb #6d5603c0
 def _check_labels(names: tuple[str, ...], none: str | None):
     "Raise `ValueError` or `TypeError` naming the label that cannot be used."
     for name in names:
@@ -79,7 +79,7 @@ def _check_labels(names: tuple[str, ...], none: str | None):
             "give at least one label beside `none`, or at least two without it"
         )
 
-# %% ../../nbs/data/00_labels.ipynb #71213cfc
+# %% ../../nbs/data/00_labels.ipynb #fa96b53e
 def _unknown_label(name, names: tuple[str, ...]) -> str:
     "The message about a label that does not exist, with the nearest one that does."
     near = difflib.get_close_matches(str(name), names, 1)

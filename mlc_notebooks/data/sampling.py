@@ -7,11 +7,11 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/data/sampling.html.md"""
 # %% auto #0
 __all__ = ['agreement_of', 'label_cells', 'even_counts', 'draw_from_cells']
 
-# %% ../../nbs/data/01b_sampling.ipynb #13d1a82f
+# %% ../../nbs/data/01b_sampling.ipynb #430dbc31
 import numpy as np
 import pandas as pd
 
-# %% ../../nbs/data/01b_sampling.ipynb #94f436e7
+# %% ../../nbs/data/01b_sampling.ipynb #962d0a15
 def agreement_of(votes: np.ndarray) -> tuple[float, float]:
     """Whether all annotators gave the same set (1.0 or 0.0), and the mean Jaccard of their sets.
 
@@ -26,7 +26,7 @@ def agreement_of(votes: np.ndarray) -> tuple[float, float]:
     jaccard = np.where(either, shared / np.maximum(either, 1), 1)
     return unanimous, float(jaccard.mean())
 
-# %% ../../nbs/data/01b_sampling.ipynb #d02fff8d
+# %% ../../nbs/data/01b_sampling.ipynb #a9f56add
 def label_cells(majority: pd.DataFrame, unanimous: pd.Series) -> pd.Series:
     "The name of each item's cell, by position, such as `multi, some disagree`."
     size = np.minimum(majority.sum(axis=1), 2)
@@ -34,7 +34,7 @@ def label_cells(majority: pd.DataFrame, unanimous: pd.Series) -> pd.Series:
     agreement = {1.0: ", all agree", 0.0: ", some disagree"}
     return names + unanimous.reset_index(drop=True).map(agreement).fillna("")
 
-# %% ../../nbs/data/01b_sampling.ipynb #97a43420
+# %% ../../nbs/data/01b_sampling.ipynb #3729def1
 def even_counts(sizes: dict[str, int], n: int) -> dict[str, int]:
     "How many items to take from each cell: as even as the sizes allow, n in all."
     counts = dict.fromkeys(sizes, 0)
@@ -50,7 +50,7 @@ def even_counts(sizes: dict[str, int], n: int) -> dict[str, int]:
         unfilled = [cell for cell in unfilled if counts[cell] < sizes[cell]]
     return counts
 
-# %% ../../nbs/data/01b_sampling.ipynb #569d0adb
+# %% ../../nbs/data/01b_sampling.ipynb #7402baa2
 def draw_from_cells(cells: pd.Series, n: int, seed: int) -> tuple[np.ndarray, dict[str, int]]:
     "The positions drawn, in order, and how many come from each cell; the same for the same seed."
     rng = np.random.default_rng(seed)

@@ -28,12 +28,12 @@ def texts_from_frame(
     ids = frame["id"].astype(str)
     return AnnotatedTexts(name, ids, frame["text"], labels, frame["votes"], aggregated)
 
-# %% ../../nbs/data/03_tables.ipynb #34cff07e
+# %% ../../nbs/data/03_tables.ipynb #685abfce
 def votes_of_columns(frame: pd.DataFrame, labels: Iterable[str]) -> list[np.ndarray]:
     "Each row's 0/1 label columns as one annotator's answer (1, L)."
     return [row[None] for row in frame[list(labels)].to_numpy(np.uint8)]
 
-# %% ../../nbs/data/03_tables.ipynb #917cdff2
+# %% ../../nbs/data/03_tables.ipynb #372f8151
 def join_annotators(rows: pd.DataFrame, by: str = "id") -> pd.DataFrame:
     "One row per item (id, text, votes) from one row per annotation; `by` tells the items apart."
     groups = rows.groupby(by, sort=False)
@@ -45,7 +45,7 @@ def stack_votes(votes: Iterable[np.ndarray]) -> np.ndarray:
     "The annotations (annotators, L) of one item from those of its rows."
     return np.concatenate(list(votes))
 
-# %% ../../nbs/data/03_tables.ipynb #09a2cf68
+# %% ../../nbs/data/03_tables.ipynb #48a92a53
 _ENDINGS = (".csv", ".jsonl", ".parquet", ".tsv")
 
 
@@ -65,7 +65,7 @@ def _read_table(path: Path) -> pd.DataFrame:
         return pd.read_json(path, lines=True, dtype=False)
     return pd.read_parquet(path)
 
-# %% ../../nbs/data/03_tables.ipynb #50988475
+# %% ../../nbs/data/03_tables.ipynb #0ed826ab
 def _with_texts(rows: pd.DataFrame, text: str, where: str) -> pd.DataFrame:
     "The table with its texts, as strings, in the column `text`."
     if text not in rows:
@@ -82,7 +82,7 @@ def _with_texts(rows: pd.DataFrame, text: str, where: str) -> pd.DataFrame:
         raise ValueError(f"{where}: row {missing[0]} has no text")
     return rows.assign(text=rows["text"].astype(str))
 
-# %% ../../nbs/data/03_tables.ipynb #4b9eb998
+# %% ../../nbs/data/03_tables.ipynb #e1e61303
 def _split_cell(cell: str) -> list:
     "The names in a string: a list as Python or JSON writes it, or names between ; or |."
     if not cell.strip().startswith("["):
@@ -121,7 +121,7 @@ def _votes_of_lists(
         )
     return labels, [labels.vector(row)[None] for row in chosen]
 
-# %% ../../nbs/data/03_tables.ipynb #593c8629
+# %% ../../nbs/data/03_tables.ipynb #39a528a3
 _RESERVED = ("id", "text", "annotator", "split", "labels")
 
 
@@ -144,7 +144,7 @@ def _votes_of_columns(
         raise ValueError(f"{where}: no 0/1 column for the labels {missing}; there are {columns}")
     return labels, votes_of_columns(rows, labels)
 
-# %% ../../nbs/data/03_tables.ipynb #aa13ee81
+# %% ../../nbs/data/03_tables.ipynb #20fe85ea
 def _read_labels(
     labels: str | Path | Iterable[str] | LabelSet | None, none: str | None
 ) -> LabelSet | None:
@@ -174,7 +174,7 @@ def _with_ids(rows: pd.DataFrame) -> pd.DataFrame:
         return rows.assign(id=pd.factorize(rows["text"])[0])
     return rows.assign(id=np.arange(len(rows)))
 
-# %% ../../nbs/data/03_tables.ipynb #b551900d
+# %% ../../nbs/data/03_tables.ipynb #5e6372cb
 def load_table(
     table: str | Path | pd.DataFrame,  # csv, tsv, jsonl, parquet, a .gz of one, or a frame
     labels: Iterable[str] | LabelSet | str | Path | None = None,  # None: those that occur, sorted

@@ -19,7 +19,7 @@ import pandas as pd
 from .labels import LabelSet
 from .sampling import agreement_of, draw_from_cells, label_cells
 
-# %% ../../nbs/data/02_texts.ipynb #70c6d428
+# %% ../../nbs/data/02_texts.ipynb #301e7825
 def _check_votes(where: str, votes: np.ndarray, labels: LabelSet):
     "Raise `ValueError` for annotations that do not fit the labels; `where` names the item."
     if votes.ndim != 2 or votes.shape[1] != len(labels):
@@ -37,7 +37,7 @@ def _check_votes(where: str, votes: np.ndarray, labels: LabelSet):
                 "but the task has no `none`: exactly one must be chosen"
             )
 
-# %% ../../nbs/data/02_texts.ipynb #e676e69c
+# %% ../../nbs/data/02_texts.ipynb #818443e2
 def _check_items(name, ids, texts, labels, annotations):
     "Raise `ValueError` naming the item at fault."
     if not len(ids) == len(texts) == len(annotations):
@@ -53,7 +53,7 @@ def _check_items(name, ids, texts, labels, annotations):
             raise ValueError(f"{name}: the text of item {item!r} is {text!r}, not a string")
         _check_votes(f"{name}: item {item!r}", votes, labels)
 
-# %% ../../nbs/data/02_texts.ipynb #8e66c50e
+# %% ../../nbs/data/02_texts.ipynb #00c95767
 @dataclass(frozen=True, eq=False, repr=False)
 class _Items:
     "n texts with an id and annotations each, and the other splits of the same data."
@@ -112,7 +112,7 @@ def _find(item: str, position: dict[str, int], name: str) -> int:
         )
     return position[item]
 
-# %% ../../nbs/data/02_texts.ipynb #70fdc41b
+# %% ../../nbs/data/02_texts.ipynb #ebca2e51
 def _shares(votes: np.ndarray) -> np.ndarray:
     "The share of annotators who chose each label (L,); NaN where nobody was asked."
     if not len(votes):
@@ -129,7 +129,7 @@ def majority_of_shares(q: np.ndarray, multi: bool, threshold: float = 0.5) -> np
         return q >= threshold
     return np.eye(q.shape[1], dtype=bool)[q.argmax(1)]
 
-# %% ../../nbs/data/02_texts.ipynb #71bd0aa0
+# %% ../../nbs/data/02_texts.ipynb #49b7cdb7
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
@@ -148,7 +148,7 @@ def _summary(task: _Items) -> str:
         parts.append(f"splits: {', '.join(sizes)}")
     return f"{task.name}: {', '.join(parts)}"
 
-# %% ../../nbs/data/02_texts.ipynb #798e8a2e
+# %% ../../nbs/data/02_texts.ipynb #2cd74f66
 def _annotated(task: _Items) -> "AnnotatedTexts":
     "The items that somebody annotated."
     return task.select([i for i, votes in enumerate(task.annotations) if len(votes)])
@@ -172,7 +172,7 @@ def _page(task: "AnnotatedTexts") -> str:
         tables = counts.to_html(max_cols=20) + rows.to_html()  # texts are escaped
     return f"<p>{html.escape(_summary(task))}</p>{tables}"
 
-# %% ../../nbs/data/02_texts.ipynb #20729563
+# %% ../../nbs/data/02_texts.ipynb #2271c36c
 def _draw(task: "AnnotatedTexts", n: int, seed: int, kind: str) -> tuple[np.ndarray, dict]:
     "The positions of n items, and how many come from each cell."
     if kind not in ("random", "main", "multi"):
@@ -238,7 +238,7 @@ class AnnotatedTexts(_Items):
     def _repr_html_(self) -> str:
         return _page(self)
 
-# %% ../../nbs/data/02_texts.ipynb #0cf31c35
+# %% ../../nbs/data/02_texts.ipynb #7955726f
 def unannotated(
     texts: Iterable[str],
     labels: LabelSet,
@@ -292,7 +292,7 @@ def rename_labels(task: AnnotatedTexts, names: Sequence[str]) -> AnnotatedTexts:
         )
     return _relabel(task, LabelSet(names, task.labels.none), list(range(len(names))))
 
-# %% ../../nbs/data/02_texts.ipynb #0cc2cde4
+# %% ../../nbs/data/02_texts.ipynb #e76bf633
 def text_key(text: str) -> str:
     "The words of a text, by which two texts are the same whatever their case and spacing."
     return " ".join(text.split()).casefold()
@@ -309,7 +309,7 @@ def without_other_splits(task: AnnotatedTexts, split: str = "train") -> Annotate
     others = [other for name, other in task.splits.items() if name != split]
     return without_texts(task, [text for other in others for text in other.texts])
 
-# %% ../../nbs/data/02_texts.ipynb #4263e077
+# %% ../../nbs/data/02_texts.ipynb #64a1f39a
 def training_data(task: AnnotatedTexts, soft: bool = False) -> tuple[AnnotatedTexts, np.ndarray]:
     """The texts to train on, and their targets (n, L) in [0, 1].
 

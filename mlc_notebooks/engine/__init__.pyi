@@ -9,6 +9,7 @@ from . import scheduler as scheduler
 from . import parts as parts
 from . import runs as runs
 from .memory import batch_size_for as batch_size_for
+from .memory import fit_threads as fit_threads
 from .memory import process_policy as process_policy
 from .memory import reads_within as reads_within
 from .memory import return_freed_memory as return_freed_memory
@@ -33,6 +34,7 @@ from .attention import SuffixChunk as SuffixChunk
 from .attention import chunks_of as chunks_of
 from .attention import flash_attention as flash_attention
 from .attention import merge_by_log_sum_exp as merge_by_log_sum_exp
+from .attention import register_shared_prefix as register_shared_prefix
 from .attention import sequence_chunk as sequence_chunk
 from .attention import slots_of_path as slots_of_path
 from .cache import SlotLayer as SlotLayer

@@ -1,4 +1,4 @@
-"""Shared-prefix attention: one part for what all texts share and one part for each text, merged by log-sum-exp
+"""Shared-prefix attention: the common part and each text's own part, merged by log-sum-exp
 
 Docs: https://mlc-notebooks.github.io/mlc_notebooks/engine/attention.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/engine/attention.html.md"""
 
 # %% auto #0
 __all__ = ['flash_attention', 'CHUNK_TOKENS', 'LANES', 'merge_by_log_sum_exp', 'Piece', 'SuffixChunk', 'sequence_chunk',
-           'chunks_of', 'slots_of_path', 'PassLayout', 'SharedPrefixAttention']
+           'chunks_of', 'slots_of_path', 'PassLayout', 'SharedPrefixAttention', 'register_shared_prefix']
 
 # %% ../../nbs/engine/02_attention.ipynb #d40141c5
 from collections.abc import Sequence
@@ -15,11 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import AttentionInterface
 
 from .tree import Node, in_chunks
 
-# %% ../../nbs/engine/02_attention.ipynb #96819aa2
+# %% ../../nbs/engine/02_attention.ipynb #7ece3787
 # (batch, heads, tokens, d): output and log-sum-exp; None where this torch has none
 flash_attention = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
@@ -34,7 +33,7 @@ def merge_by_log_sum_exp(
     share = (prefix_sums - suffix_sums).sigmoid()[..., None]
     return suffix.lerp(prefix, share.to(suffix.dtype))
 
-# %% ../../nbs/engine/02_attention.ipynb #b44f139c
+# %% ../../nbs/engine/02_attention.ipynb #608b3dd3
 CHUNK_TOKENS = 64  # new tokens of a sequence that are looked at together
 
 
@@ -56,7 +55,7 @@ class Piece(NamedTuple):
         "Whether the node ends with this piece, so that its prediction is read."
         return self.end == len(self.node.ids)
 
-
+# %% ../../nbs/engine/02_attention.ipynb #1b98ac56
 @dataclass
 class SuffixChunk:
     "Some new tokens of one sequence, and the slots after the prefix that any of them sees."
@@ -70,10 +69,7 @@ class SuffixChunk:
 def sequence_chunk(pieces: Sequence[Piece]) -> SuffixChunk:
     "The chunk of some pieces of one sequence, whose nodes have their slots."
     ancestors = [_before(piece.node) for piece in pieces]
-    seen = {}  # node: how many of its tokens are seen by at least one of the pieces
-    for piece, before in zip(pieces, ancestors):
-        for node, length in [*before, (piece.node, piece.end)]:
-            seen[node] = max(length, seen.get(node, 0))
+    seen = _seen_by_any(pieces, ancestors)
     ends = np.cumsum([0, *seen.values()]).tolist()
     first = dict(zip(seen, ends))  # node: where its slots begin among those that are seen
 
@@ -91,12 +87,21 @@ def sequence_chunk(pieces: Sequence[Piece]) -> SuffixChunk:
     return SuffixChunk(rows, slots, sees, pieces[0].node.sequence.at or 0)
 
 
+def _seen_by_any(pieces, ancestors) -> dict[Node, int]:
+    "Nodes after the prefix, each with how many of its tokens at least one of the pieces sees."
+    seen = {}
+    for piece, before in zip(pieces, ancestors):
+        for node, length in [*before, (piece.node, piece.end)]:
+            seen[node] = max(length, seen.get(node, 0))
+    return seen
+
+
 def _before(node: Node) -> list[tuple[Node, int]]:
     "The nodes of a suffix before this one, each with how many of its tokens belong to the path."
     runs = [(one, length) for one, length in node.runs() if one is not node]
     return [(one, length) for one, length in runs if one.parent is not None]
 
-
+# %% ../../nbs/engine/02_attention.ipynb #53f5a4a6
 def chunks_of(pieces: Sequence[Piece]) -> list[SuffixChunk]:
     "The chunks of a pass, sequence by sequence."
     of_sequence = {}
@@ -134,33 +139,38 @@ class PassLayout:
             whole[np.ix_(chunk.rows, chunk.slots)] = chunk.sees
         return whole
 
-# %% ../../nbs/engine/02_attention.ipynb #13d03139
+# %% ../../nbs/engine/02_attention.ipynb #95b9d5b8
 LANES = 32  # keys are taken in multiples of this
 
 
+def _pad(chunks: Sequence[SuffixChunk], before: np.ndarray) -> tuple[np.ndarray, ...]:
+    "Rows (n, width), slots (n, length) and what is visible (n, width, length) of n chunks."
+    count = len(chunks)
+    width = max(len(chunk.rows) for chunk in chunks)
+    longest = len(before) + max(len(chunk.slots) for chunk in chunks)
+    length = -(-longest // LANES) * LANES
+
+    rows = np.zeros((count, width), int)
+    slots = np.zeros((count, length), int)
+    visible = np.zeros((count, width, length), bool)
+    slots[:, : len(before)] = before
+    visible[:, :, : len(before)] = True
+    for i, chunk in enumerate(chunks):
+        filled = len(chunk.rows)
+        end = len(before) + len(chunk.slots)
+        rows[i, :filled] = chunk.rows
+        slots[i, len(before) : end] = chunk.slots
+        visible[i, :filled, len(before) : end] = chunk.sees
+        visible[i, filled:, 0] = True  # padding sees something: nothing is divided by zero
+    return rows, slots, visible
+
+# %% ../../nbs/engine/02_attention.ipynb #30132883
 class _PaddedChunks:
     "Chunks of about one size, padded to the largest; `before` are slots that all of them see."
 
     def __init__(self, chunks: Sequence[SuffixChunk], before: np.ndarray, dtype: torch.dtype):
-        count = len(chunks)
-        width = max(len(chunk.rows) for chunk in chunks)
-        longest = len(before) + max(len(chunk.slots) for chunk in chunks)
-        length = -(-longest // LANES) * LANES
-        self.shape = (count, width, length)
-
-        rows = np.zeros((count, width), int)
-        slots = np.zeros((count, length), int)
-        visible = np.zeros((count, width, length), bool)
-        slots[:, : len(before)] = before
-        visible[:, :, : len(before)] = True
-        for i, chunk in enumerate(chunks):
-            filled = len(chunk.rows)
-            end = len(before) + len(chunk.slots)
-            rows[i, :filled] = chunk.rows
-            slots[i, len(before) : end] = chunk.slots
-            visible[i, :filled, len(before) : end] = chunk.sees
-            visible[i, filled:, 0] = True  # padding sees something: nothing is divided by zero
-
+        rows, slots, visible = _pad(chunks, before)
+        self.shape = visible.shape
         self.rows = torch.from_numpy(rows).flatten()
         self.slots = torch.from_numpy(slots).flatten()
         hidden = torch.from_numpy(~visible)
@@ -197,7 +207,7 @@ def _pick(states, which):
     "Some rows (n, heads x d) of states (tokens, heads, d): whole rows are fast to copy."
     return states.flatten(1).index_select(0, which)
 
-# %% ../../nbs/engine/02_attention.ipynb #c829897d
+# %% ../../nbs/engine/02_attention.ipynb #996a07b8
 class SharedPrefixAttention:
     """Attention of one pass in two parts, the prefix and each suffix, merged by log-sum-exp.
 
@@ -255,7 +265,7 @@ class SharedPrefixAttention:
         outputs = outputs.reshape(heads, tokens, size).transpose(0, 1)
         return outputs, sums.reshape(heads, tokens).T
 
-
+# %% ../../nbs/engine/02_attention.ipynb #591e96c3
 def _shared_prefix_attention(
     module, query, key, value, attention_mask, scaling=None, shared_prefix=None, **rest
 ):
@@ -264,4 +274,8 @@ def _shared_prefix_attention(
     return shared_prefix(*rows, scaling)[None], None
 
 
-AttentionInterface.register("shared_prefix", _shared_prefix_attention)
+def register_shared_prefix():
+    "Make the attention known to transformers, by the name `shared_prefix`."
+    from transformers import AttentionInterface  # takes a second to import
+
+    AttentionInterface.register("shared_prefix", _shared_prefix_attention)

@@ -23,42 +23,7 @@ from .packed import PackedTree
 from .tree import Node, PlainTree, Predictions, PromptTree
 from ..models.lm import LM
 
-# %% ../../nbs/engine/05_backend.ipynb #244d499c
-@dataclass(frozen=True)
-class Backend:
-    "How a model's prompts may be computed."
-
-    packs: bool  # packed passes agree with plain ones
-    shared_prefix: bool = False  # with shared-prefix attention too, not only with masks
-
-
-BACKENDS: MutableMapping[torch.nn.Module, Backend] = WeakKeyDictionary()  # of checked models
-
-
-def backend_of(lm: LM) -> Backend:
-    "How this model's prompts may be computed; the model is checked when it is first asked for."
-    if lm.model not in BACKENDS:
-        BACKENDS[lm.model] = _check(lm)
-    return BACKENDS[lm.model]
-
-
-def packs(lm: LM) -> bool:
-    "Whether packed passes of this model agree with plain ones."
-    return backend_of(lm).packs
-
 # %% ../../nbs/engine/05_backend.ipynb #e2f55104
-def _check(lm: LM) -> Backend:
-    "The fastest way that agrees with the plain tree."
-    process_policy("probing")
-    runs = _random_runs(lm)
-    plain = _compute_small_tree(PlainTree(lm, runs[0]), runs)
-    for backend in (Backend(True, shared_prefix=True), Backend(True)):
-        packed = _compute_packed(lm, runs, backend.shared_prefix)
-        if packed is not None and _agree(packed, plain, lm.dtype):
-            return backend
-    return Backend(False)
-
-
 def _random_runs(lm: LM) -> list[list[int]]:
     "Random tokens: a prefix longer than a window that can be tested, two texts, two continuations."
     config = lm.model.config.get_text_config()
@@ -78,7 +43,7 @@ def _compute_small_tree(tree: PromptTree, runs) -> Predictions:
     vocabulary = tree.lm.model.config.get_text_config().vocab_size
     return tree.compute(texts + tries, np.arange(min(512, vocabulary)))
 
-
+# %% ../../nbs/engine/05_backend.ipynb #9258ffa6
 def _compute_packed(lm, runs, shared_prefix) -> Predictions | None:
     "What a packed tree predicts; None for a model that takes no such mask, cache or attention."
     verbosity = logging.get_verbosity()
@@ -96,7 +61,42 @@ def _agree(packed: Predictions, plain: Predictions, dtype: str) -> bool:
     apart = np.abs(plain.logprobs - packed.logprobs).mean()
     return bool(apart < (1e-3 if dtype == "float32" else 0.2))
 
-# %% ../../nbs/engine/05_backend.ipynb #de3fa991
+# %% ../../nbs/engine/05_backend.ipynb #1f7ae2f7
+@dataclass(frozen=True)
+class Backend:
+    "How a model's prompts may be computed."
+
+    packs: bool  # packed passes agree with plain ones
+    shared_prefix: bool = False  # with shared-prefix attention too, not only with masks
+
+
+BACKENDS: MutableMapping[torch.nn.Module, Backend] = WeakKeyDictionary()  # of checked models
+
+
+def _check(lm: LM) -> Backend:
+    "The fastest way that agrees with the plain tree."
+    process_policy("probing")
+    runs = _random_runs(lm)
+    plain = _compute_small_tree(PlainTree(lm, runs[0]), runs)
+    for backend in (Backend(True, shared_prefix=True), Backend(True)):
+        packed = _compute_packed(lm, runs, backend.shared_prefix)
+        if packed is not None and _agree(packed, plain, lm.dtype):
+            return backend
+    return Backend(False)
+
+
+def backend_of(lm: LM) -> Backend:
+    "How this model's prompts may be computed; the model is checked when it is first asked for."
+    if lm.model not in BACKENDS:
+        BACKENDS[lm.model] = _check(lm)
+    return BACKENDS[lm.model]
+
+
+def packs(lm: LM) -> bool:
+    "Whether packed passes of this model agree with plain ones."
+    return backend_of(lm).packs
+
+# %% ../../nbs/engine/05_backend.ipynb #9b3e2550
 def prompt_tree(
     lm: LM, shared: Sequence[int] = (), no_cache: bool = False
 ) -> PackedTree | PlainTree:

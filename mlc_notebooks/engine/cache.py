@@ -49,7 +49,7 @@ class Slots:
         self.positions = np.concatenate([self.positions, new])
         self.positions[slots] = positions
 
-# %% ../../nbs/engine/03_cache.ipynb #34322fc0
+# %% ../../nbs/engine/03_cache.ipynb #f96a8c92
 class SlotLayer(DynamicLayer):
     "Keys and values of one layer in buffers (slots, key heads, d), written in place."
 
@@ -98,7 +98,7 @@ class SlotLayer(DynamicLayer):
     def get_mask_sizes(self, query_length):
         return self.slots.end, 0
 
-# %% ../../nbs/engine/03_cache.ipynb #3f22c7f6
+# %% ../../nbs/engine/03_cache.ipynb #d30e7b8f
 def cache_name(model: torch.nn.Module) -> str:
     "What the model calls its cache argument: newer versions of transformers renamed it."
     names = inspect.signature(model.forward).parameters

@@ -13,6 +13,14 @@ from collections.abc import Sequence
 
 from ..models.tokens import AnswerTokens
 
+# %% ../../nbs/engine/06_drafts.ipynb #4b8aca79
+def _as_before(ids: list[int]) -> list[int]:
+    "What followed the last three tokens when they last stood here before, if they did."
+    for at in range(len(ids) - 1, 2, -1):
+        if ids[at - 3 : at] == ids[-3:]:
+            return [ids[at]]
+    return []
+
 # %% ../../nbs/engine/06_drafts.ipynb #69fdac05
 class NgramDrafter:
     """Guesses at how an answer goes on, from n-grams of the answers learned so far.
@@ -26,14 +34,6 @@ class NgramDrafter:
         self.longest = len(answer_tokens.opening) + 8  # tokens of a guess
         self.following = defaultdict(Counter)  # context: how often each token stood after it
         self.texts_waiting = True  # `continuous_batching` sets it
-
-    @property
-    def waits(self) -> bool:
-        return self.texts_waiting
-
-    @waits.setter
-    def waits(self, value: bool):
-        self.texts_waiting = value
 
     def learn(self, ids: Sequence[int]):
         "Count a whole answer's n-grams; nothing needs to be known after its last token."
@@ -75,11 +75,3 @@ class NgramDrafter:
         token, count = max(seen.items(), key=lambda entry: entry[1])
         share = count / (seen.total() + 1)
         return ([] if token is None else [token]), share
-
-# %% ../../nbs/engine/06_drafts.ipynb #e7a811c0
-def _as_before(ids: list[int]) -> list[int]:
-    "What followed the last three tokens when they last stood here before, if they did."
-    for at in range(len(ids) - 1, 2, -1):
-        if ids[at - 3 : at] == ids[-3:]:
-            return [ids[at]]
-    return []

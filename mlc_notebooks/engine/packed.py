@@ -20,6 +20,7 @@ from mlc_notebooks.engine.attention import (
     SharedPrefixAttention,
     chunks_of,
     flash_attention,
+    register_shared_prefix,
     slots_of_path,
 )
 from .cache import SlotLayer, Slots, cache_name
@@ -27,7 +28,7 @@ from .memory import reads_within, return_freed_memory, tokens_under_way
 from .tree import Node, Predictions, attention_code, hidden_states_at
 from ..models.lm import LM
 
-# %% ../../nbs/engine/04_packed.ipynb #b83f470a
+# %% ../../nbs/engine/04_packed.ipynb #e59aacc7
 def split_into_passes(nodes: Sequence[Node], tokens: int, reads: int) -> Iterator[list[Piece]]:
     "The pieces of each pass: at most `tokens` tokens and `reads` ends of nodes."
     pieces = []
@@ -50,7 +51,7 @@ def split_into_passes(nodes: Sequence[Node], tokens: int, reads: int) -> Iterato
     if pieces:
         yield pieces
 
-# %% ../../nbs/engine/04_packed.ipynb #751255ec
+# %% ../../nbs/engine/04_packed.ipynb #a742e2a5
 _FILL = 32
 
 
@@ -87,7 +88,7 @@ def lay_out(pieces: Sequence[Piece], slots: Slots, device: torch.device) -> Pass
         piece.node.slots = mine
     return PassLayout(ids + filling, positions + filling, reads, chunks_of(pieces))
 
-# %% ../../nbs/engine/04_packed.ipynb #43af9172
+# %% ../../nbs/engine/04_packed.ipynb #1320d514
 def _sliding_layers(lm: LM) -> str:
     "Which layers have a sliding window: 'none', 'some' or 'all'."
     config = lm.model.config.get_text_config()
@@ -118,6 +119,64 @@ def pass_masks(lm: LM, layout: PassLayout, slots: Slots) -> torch.Tensor | dict[
         return near
     return {"full_attention": _additive_mask(visible, lm), "sliding_attention": near}
 
+# %% ../../nbs/engine/04_packed.ipynb #80fff8c4
+@torch.inference_mode()
+def _compute_pass(tree, pieces, watch, hidden, attention) -> Predictions | None:
+    "Predictions after the nodes that end in this pass; None where none does."
+    layout = lay_out(pieces, tree.slots, tree.lm.device)
+    out = _call_model(tree, layout, hidden, attention)
+    if not layout.reads:
+        return None
+
+    found = Predictions.from_logits(out.logits[0, : len(layout.reads)], watch)
+    if hidden:
+        found.hidden = hidden_states_at(out.hidden_states, layout.reads)
+    if attention:
+        of_layers = [layer[0].float().mean(0)[layout.reads] for layer in out.attentions]
+        weights = torch.stack(of_layers, 1).cpu().numpy()
+        ended = [piece.node for piece in pieces if piece.finishes]
+        found.attention = [one[:, slots_of_path(node)] for one, node in zip(weights, ended)]
+    size = out.logits.nbytes
+    del out
+    return_freed_memory(size)
+    return found
+
+
+def _call_model(tree, layout, hidden, attention):
+    "The model's output for a pass."
+    lm = tree.lm
+    kind, options = _attention_options(tree, layout, attention)
+    shared = options.get("shared_prefix")
+    reads = layout.reads or [0]
+    filling = _filled_up(len(reads), lm.device) - len(reads)
+    with attention_code(lm.model, kind):
+        out = lm.model(
+            input_ids=torch.tensor([layout.ids], device=lm.device),
+            position_ids=torch.tensor([layout.positions], device=lm.device),
+            logits_to_keep=torch.tensor(reads + reads[:1] * filling, device=lm.device),
+            use_cache=True,
+            output_hidden_states=hidden,
+            output_attentions=attention,
+            **{cache_name(lm.model): tree.cache},
+            **options,
+        )
+    if shared is not None and not shared.used:
+        raise RuntimeError(
+            f"{lm.name} never called the shared-prefix attention: it has attention code of its "
+            "own. Use `prompt_tree`, which finds this out and takes masks"
+        )
+    return out
+
+
+def _attention_options(tree, layout, attention) -> tuple[str | None, dict]:
+    "The name of the attention code for a pass (None: the model's own), and its arguments."
+    whole = all(chunk.prefix == tree.prefix_length for chunk in layout.chunks)
+    if tree.shared_prefix and whole and not attention:
+        shared = SharedPrefixAttention(layout, tree.lm.model.dtype)
+        return "shared_prefix", {"attention_mask": None, "shared_prefix": shared}
+    masks = pass_masks(tree.lm, layout, tree.slots)
+    return "eager" if attention else None, {"attention_mask": masks}
+
 # %% ../../nbs/engine/04_packed.ipynb #39f5084b
 class PackedTree:
     """A prompt tree in one row of tokens with one cache.
@@ -138,6 +197,8 @@ class PackedTree:
         self.reads_per_pass = reads_within(lm, 16 * lm.model.dtype.itemsize)
         possible = flash_attention is not None and lm.device.type == "cpu"
         self.shared_prefix = shared_prefix and possible and _sliding_layers(lm) == "none"
+        if self.shared_prefix:
+            register_shared_prefix()
 
         # twice: answers may grow longer than expected
         self.slots = Slots(len(shared) + 2 * tokens_under_way(lm) + tokens_per_pass)
@@ -183,55 +244,3 @@ class PackedTree:
     def rewind(self):
         "Forget all but the shared prefix."
         self.forget(list(self.kept))
-
-# %% ../../nbs/engine/04_packed.ipynb #66a563f2
-@torch.inference_mode()
-def _compute_pass(tree, pieces, watch, hidden, attention) -> Predictions | None:
-    "Predictions after the nodes that end in this pass; None where none does."
-    layout = lay_out(pieces, tree.slots, tree.lm.device)
-    out = _call_model(tree, layout, hidden, attention)
-    if not layout.reads:
-        return None
-
-    found = Predictions.from_logits(out.logits[0, : len(layout.reads)], watch)
-    if hidden:
-        found.hidden = hidden_states_at(out.hidden_states, layout.reads)
-    if attention:
-        of_layers = [layer[0].float().mean(0)[layout.reads] for layer in out.attentions]
-        weights = torch.stack(of_layers, 1).cpu().numpy()
-        ended = [piece.node for piece in pieces if piece.finishes]
-        found.attention = [one[:, slots_of_path(node)] for one, node in zip(weights, ended)]
-    size = out.logits.nbytes
-    del out
-    return_freed_memory(size)
-    return found
-
-
-def _call_model(tree, layout, hidden, attention):
-    "The model's output for a pass."
-    lm = tree.lm
-    kind = "eager" if attention else None
-    options = {"output_hidden_states": hidden, "output_attentions": attention}
-    shared = None
-    whole = all(chunk.prefix == tree.prefix_length for chunk in layout.chunks)
-    if tree.shared_prefix and whole and not attention:
-        kind = "shared_prefix"
-        shared = SharedPrefixAttention(layout, lm.model.dtype)
-        options |= {"attention_mask": None, "shared_prefix": shared}
-    else:
-        options["attention_mask"] = pass_masks(lm, layout, tree.slots)
-
-    reads = layout.reads or [0]
-    filling = _filled_up(len(reads), lm.device) - len(reads)
-    options["logits_to_keep"] = torch.tensor(reads + reads[:1] * filling, device=lm.device)
-    options[cache_name(lm.model)] = tree.cache
-    ids = torch.tensor([layout.ids], device=lm.device)
-    positions = torch.tensor([layout.positions], device=lm.device)
-    with attention_code(lm.model, kind):
-        out = lm.model(input_ids=ids, position_ids=positions, use_cache=True, **options)
-    if shared is not None and not shared.used:
-        raise RuntimeError(
-            f"{lm.name} never called the shared-prefix attention: it has attention code of its "
-            "own. Use `prompt_tree`, which finds this out and takes masks"
-        )
-    return out

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from .parts import claimed, part_bytes, read_part, write_whole
 from ..models.lm import LM
+from ..models.quiet import bar_options
 
 # %% ../../nbs/engine/09_runs.ipynb #3fe2b969
 class Batches:
@@ -205,7 +206,7 @@ def _progress_bar(total: int, done: int, desc: str, progress: bool) -> tqdm:
         initial=done,
         desc=desc,
         unit="text",
-        disable=not progress,
+        **bar_options(progress),
         smoothing=0,  # the rate is the mean of this call
         bar_format=_WITHOUT_ESTIMATE,
     )

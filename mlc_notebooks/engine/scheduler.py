@@ -55,28 +55,36 @@ def token_chain(node: Node, ids: Sequence[int]) -> list[Node]:
 class _Answer:
     "An answer under way."
 
-    number: int  # the how manieth it is
+    number: int  # its place in the order of the answers
     generator: Generator
     request: Request  # what it asks for now
     expected: int  # tokens that it is expected to keep
     kept: list[Node] = field(default_factory=list)
     kept_tokens: int = 0
-
-    def keep(self, request: Request):
-        "Count the nodes of a request that was served as its own."
-        self.kept.extend(request.nodes)
-        self.kept_tokens += request.tokens
+    result: object = None
 
     @property
     def held(self) -> int:
         "Tokens whose memory it takes."
         return max(self.expected, self.kept_tokens)
 
+    def go_on(self, predictions: list[Prediction]) -> bool:
+        "Tell it what it asked for; False if it is done."
+        if self.request.keep:
+            self.kept.extend(self.request.nodes)
+            self.kept_tokens += self.request.tokens
+        try:
+            self.request = self.generator.send(predictions)
+        except StopIteration as stop:
+            self.result = stop.value
+            return False
+        return True
 
+# %% ../../nbs/engine/07_scheduler.ipynb #3a34640b
 class _Schedule:
     "The answers that wait and those that are under way."
 
-    def __init__(self, tree, answers, sizes, most, drafts):
+    def __init__(self, tree, answers, sizes, most, drafts=None):
         self.tree = tree
         self.answers = iter(answers)
         self.waiting = deque(enumerate(sizes))
@@ -92,35 +100,35 @@ class _Schedule:
         held = sum(answer.held for answer in self.under_way)
         while self.waiting:
             size = self.waiting[0][1]
-            fits = (
-                tokens + size <= self.tree.tokens_per_pass
-                and reads + self.first_reads <= self.tree.reads_per_pass
-                and held + size <= self.most
-            )
-            if self.under_way and not fits:
+            in_pass = tokens + size <= self.tree.tokens_per_pass
+            read = reads + self.first_reads <= self.tree.reads_per_pass
+            in_memory = held + size <= self.most
+            if self.under_way and not (in_pass and read and in_memory):
                 return
-            answer = self._begin(*self.waiting.popleft())
-            self.under_way.append(answer)
-            self.first_reads = len(answer.request.nodes)
-            tokens += answer.request.tokens
+            request = self._begin_next().request
+            self.first_reads = len(request.nodes)
+            tokens += request.tokens
             reads += self.first_reads
             held += size
 
-    def _begin(self, number, size):
+    def _begin_next(self) -> _Answer:
+        number, size = self.waiting.popleft()
         if self.drafts is not None:
             self.drafts.texts_waiting = bool(self.waiting)
         generator = next(self.answers)
-        return _Answer(number, generator, next(generator), size)
+        answer = _Answer(number, generator, next(generator), size)
+        self.under_way.append(answer)
+        return answer
 
-    def take_next(self) -> list[_Answer]:
-        "The answers that are served now; who goes on is put back at the end of the line."
+    def take_served(self) -> list[_Answer]:
+        "The answers that are served now; those that go on are put back at the end of the line."
         at_once = 3 * min(self.tree.tokens_per_pass, self.tree.reads_per_pass)
         sizes = [answer.request.tokens for answer in self.under_way]
         served = next(in_chunks(self.under_way, sizes, at_once))
         self.under_way = self.under_way[len(served) :]
         return served
 
-# %% ../../nbs/engine/07_scheduler.ipynb #2949bd2c
+# %% ../../nbs/engine/07_scheduler.ipynb #68cb10af
 def continuous_batching(
     tree: PromptTree,
     answers: Iterable[Generator],  # may make each generator when its turn comes
@@ -140,26 +148,21 @@ def continuous_batching(
     told = 0
     while schedule.waiting or schedule.under_way:
         schedule.fill()
-        served = schedule.take_next()
+        served = schedule.take_served()
         nodes = [node for answer in served for node in answer.request.nodes]
         predictions = _one_by_one(nodes, tree.compute(nodes, watch))
 
         over = []  # nodes that nobody needs any more
         for answer in served:
-            request = answer.request
-            if request.keep:
-                answer.keep(request)
-            else:
-                over.extend(request.nodes)
-            try:
-                answer.request = answer.generator.send(
-                    list(islice(predictions, len(request.nodes)))
-                )
+            asked = answer.request
+            if not asked.keep:
+                over.extend(asked.nodes)
+            if answer.go_on(list(islice(predictions, len(asked.nodes)))):
                 schedule.under_way.append(answer)
-            except StopIteration as stop:
-                done[answer.number] = stop.value
-                if not keep:
-                    over.extend(answer.kept)
+                continue
+            done[answer.number] = answer.result
+            if not keep:
+                over.extend(answer.kept)
         tree.forget(over)
 
         while told in done:

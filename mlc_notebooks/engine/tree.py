@@ -68,6 +68,31 @@ class Node:
             ids.extend(node.ids[:length])
         return ids
 
+# %% ../../nbs/engine/01_tree.ipynb #8fbbe3e7
+_ROWS = 16  # of logits that are read together
+_BLOCK = 256  # entries of the vocabulary
+
+
+def _read_few(logits, watch):
+    "logprobs, best and margin of a few rows of float32, a multiple of 256 wide; writes over them."
+    watched = logits[:, watch]
+    blocks = logits.view(len(logits), -1, _BLOCK)
+    tops = blocks.amax(-1)
+    block = tops.argmax(-1, keepdim=True)
+    in_block = block[..., None].expand(-1, -1, _BLOCK)
+
+    place = blocks.gather(1, in_block)[:, 0].argmax(-1, keepdim=True)
+    best = _BLOCK * block + place
+    first = logits.gather(1, best)
+
+    others = logits.scatter_(1, best, -torch.inf)
+    second_here = blocks.gather(1, in_block)[:, 0].amax(-1, keepdim=True)
+    second = tops.scatter_(1, block, second_here).amax(-1)
+    margin = first[:, 0] - second
+
+    rest = others.sub_(first).exp_().sum(-1, keepdim=True)
+    return watched - first - rest.log1p(), best[:, 0], margin
+
 # %% ../../nbs/engine/01_tree.ipynb #b7345ba2
 @dataclass
 class Predictions:
@@ -111,32 +136,7 @@ class Predictions:
             joined.attention = [weights for part in parts for weights in part.attention]
         return joined
 
-# %% ../../nbs/engine/01_tree.ipynb #b3290d2b
-_ROWS = 16  # of logits that are read together
-_BLOCK = 256  # entries of the vocabulary
-
-
-def _read_few(logits, watch):
-    "logprobs, best and margin of a few rows of float32, a multiple of 256 wide; writes over them."
-    watched = logits[:, watch]
-    blocks = logits.view(len(logits), -1, _BLOCK)
-    tops = blocks.amax(-1)
-    block = tops.argmax(-1, keepdim=True)
-    in_block = block[..., None].expand(-1, -1, _BLOCK)
-
-    place = blocks.gather(1, in_block)[:, 0].argmax(-1, keepdim=True)
-    best = _BLOCK * block + place
-    first = logits.gather(1, best)
-
-    others = logits.scatter_(1, best, -torch.inf)
-    second_here = blocks.gather(1, in_block)[:, 0].amax(-1, keepdim=True)
-    second = tops.scatter_(1, block, second_here).amax(-1)
-    margin = first[:, 0] - second
-
-    rest = others.sub_(first).exp_().sum(-1, keepdim=True)
-    return watched - first - rest.log1p(), best[:, 0], margin
-
-# %% ../../nbs/engine/01_tree.ipynb #ae7a9e68
+# %% ../../nbs/engine/01_tree.ipynb #d25e3926
 class PromptTree(Protocol):
     "What a backend offers: predictions after the nodes of a prompt tree."
 
@@ -160,7 +160,7 @@ class PromptTree(Protocol):
     def rewind(self):
         "Forget all but the shared prefix."
 
-# %% ../../nbs/engine/01_tree.ipynb #2d969d84
+# %% ../../nbs/engine/01_tree.ipynb #2e598b92
 def hidden_states_at(states: Sequence[torch.Tensor], rows: Sequence[int]) -> np.ndarray:
     "Hidden states (n, layers + 1, width), float32, at n `rows` of a pass over one row of tokens."
     return torch.stack([layer[0, rows] for layer in states], 1).float().cpu().numpy()
@@ -260,7 +260,7 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
             shared = int(different[0])
     return shared
 
-# %% ../../nbs/engine/01_tree.ipynb #3b5070de
+# %% ../../nbs/engine/01_tree.ipynb #3aa9d8b5
 class TokenRows(Sequence):
     """Rows of token ids whose common beginning is kept once.
 

@@ -41,7 +41,6 @@ from .alignment import EPS as EPS
 from .alignment import calibration_error as calibration_error
 from .alignment import item_means as item_means
 from .alignment import item_metrics as item_metrics
-from .alignment import label_sets as label_sets
 from .alignment import marginals_and_shares as marginals_and_shares
 from .alignment import metric_table as metric_table
 from .alignment import pooled_metrics as pooled_metrics

@@ -101,7 +101,7 @@ def _of_written(written: pd.DataFrame, wanted: pd.DataFrame) -> pd.DataFrame:
     tidy = pd.DataFrame(rows, columns=["example", "share of written labels"])
     return mean_table(tidy, ["share of written labels"])
 
-# %% ../../nbs/metrics/10_demonstration_labels.ipynb #a683f214
+# %% ../../nbs/metrics/10_demonstration_labels.ipynb #65a341e6
 def _following(
     trace: Trace, task: AnnotatedTexts, gold: pd.DataFrame, swaps: dict[str, str]
 ) -> pd.DataFrame:
@@ -110,21 +110,36 @@ def _following(
     # an unrelated word counts for the label that it stands for
     written = trace.predictions().set_axis(names, axis=1)
     passed_back = written[[swaps[name] for name in names]].set_axis(names, axis=1)
-    targets = {
-        "gold": (written, gold),
-        "deranged gold": (passed_back, gold.rename(columns=swaps)[names]),
-    }
-    tables = []
-    for target, (answers, wanted) in targets.items():
-        metrics = prediction_metrics(answers, task).loc[["example-F1", "micro-F1"]]
-        metrics = metrics.rename_axis("quantity").reset_index()
-        parts = [metrics, _at_step_one(trace, wanted), _of_written(written, wanted)]
-        table = pd.concat(parts, ignore_index=True)
-        tables.append(table.assign(quantity=table["quantity"] + f", {target}"))
+    deranged = gold.rename(columns=swaps)[names]
 
+    answers = prediction_metrics(written, task)
+    with_gold = [_f1_rows(answers), _at_step_one(trace, gold), _of_written(written, gold)]
+    answers = prediction_metrics(passed_back, task)
+    with_deranged = [
+        _f1_rows(answers),
+        _at_step_one(trace, deranged),
+        _of_written(written, deranged),
+    ]
     outputs = summarise(trace, steps=0)
     outputs = outputs.loc[["share of outputs with none", "share of irregular outputs"]]
-    return pd.concat([*tables, outputs.reset_index()], ignore_index=True)
+    tables = [
+        _named_after(with_gold, "gold"),
+        _named_after(with_deranged, "deranged gold"),
+        outputs.reset_index(),
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def _f1_rows(answers: pd.DataFrame) -> pd.DataFrame:
+    "Two rows of `prediction_metrics`, as rows of a table with a column `quantity`."
+    rows = answers.loc[["example-F1", "micro-F1"]]
+    return rows.rename_axis("quantity").reset_index()
+
+
+def _named_after(tables: list[pd.DataFrame], target: str) -> pd.DataFrame:
+    "The tables in one, each quantity followed by its target."
+    table = pd.concat(tables, ignore_index=True)
+    return table.assign(quantity=table["quantity"] + f", {target}")
 
 # %% ../../nbs/metrics/10_demonstration_labels.ipynb #496ff5dd
 DEMONSTRATION_KINDS = ("gold", "flipped", "unrelated")
@@ -153,21 +168,17 @@ def vary_demonstration_labels(
     """Whether answers follow the demonstrations or the meaning of the labels (Wei et al. 2023).
 
     Kinds: gold, the demonstrations as they are; flipped, each of their labels replaced through
-    `derangement(labels, seed)`, the instruction unchanged; unrelated, labels called by
-    `unrelated_words` in instruction and demonstrations, outputs mapped back to the labels.
+    `derangement(labels, seed)`; unrelated, labels called by `unrelated_words` in the prompt, and
+    outputs mapped back to the labels.
 
-    Columns: kind, seed, quantity, value, low, high and n. Each quantity is taken against the gold
-    labels (", gold") and against the seed's deranged gold labels (", deranged gold"):
-    - example-F1 and micro-F1 of the written labels;
-    - probability at step 1: the summed probability (softmax over Y+) of these labels, mean over
-      items with gold labels;
-    - share of written labels: how many of all labels written, in any item, are among these; n
-      counts items that wrote one.
-    Beside them: share of outputs with none, share of irregular outputs.
+    Columns: kind, seed, quantity, value, low, high and n. Against the gold labels (", gold") and
+    the seed's deranged gold labels (", deranged gold"): example-F1 and micro-F1; probability at
+    step 1, summed over these labels (softmax over Y+), mean over items with gold labels; share of
+    written labels that are among them, n counts items that wrote one. Beside them: share of
+    outputs with none, share of irregular outputs.
 
     Raises `ValueError`, before the model runs, for an unknown kind, shots below 1, a task of one
-    label, without train split or without gold labels, too few unrelated words, and a train split
-    with too few texts of a kind.
+    label, without train split or gold labels, and too few unrelated words or demonstrations.
     """
     multi_share = probe_options.pop("multi_share", 0.5)
     fmt = probe_options.get("fmt", "json")

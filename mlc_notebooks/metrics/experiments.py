@@ -24,6 +24,7 @@ from .phenomenon import summarise
 from .sets import prediction_metrics
 from .statistics import mean_table
 from ..models.lm import LM
+from ..models.quiet import bar_options
 from ..probing.steps import probe_steps
 from ..probing.trace import Trace
 
@@ -47,7 +48,9 @@ def probe_each(
     sizes = [_length_of(condition.shown) for condition in conditions]
     longest_first = np.argsort([-size for size in sizes], kind="stable")
     tables = [None] * len(conditions)
-    for i in tqdm(longest_first, desc=f"prompting {lm.name}", unit="prompt", disable=not progress):
+    for i in tqdm(
+        longest_first, desc=f"prompting {lm.name}", unit="prompt", **bar_options(progress)
+    ):
         keys, task, shown = conditions[i]
         trace = probe_steps(
             lm,

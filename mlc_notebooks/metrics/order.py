@@ -101,7 +101,7 @@ def next_label_shares(trace: Trace, most_steps: int = 4) -> pd.DataFrame:
     by_step = mean_table(steps[steps["step"] <= most_steps], quantities, by=["step"])
     return pd.concat([together, by_step], ignore_index=True)[by_step.columns]
 
-# %% ../../nbs/metrics/02_order.ipynb #80fa6fdf
+# %% ../../nbs/metrics/02_order.ipynb #f8209b4d
 def _written_labels(trace: Trace) -> dict[str, list[str]]:
     "The labels of each answer in the order in which they were written, without `none`."
     written = {}
@@ -124,7 +124,7 @@ def _order_correlation(written: list[int], first: np.ndarray) -> float:
         return np.nan
     return kendalltau(-first[written], range(len(written))).statistic
 
-
+# %% ../../nbs/metrics/02_order.ipynb #80fa6fdf
 def first_and_final(trace: Trace) -> pd.DataFrame:
     """One row per item that wrote a label: how well step 1 foretells the answer.
 

@@ -93,7 +93,7 @@ def sorted_profile(trace: Trace, step: int = 1) -> pd.DataFrame:
     tidy = tidy.melt("example", var_name="rank", value_name="probability")
     return mean_table(tidy, ["probability"], by=["rank"])
 
-# %% ../../nbs/metrics/01_profiles.ipynb #2e936b5b
+# %% ../../nbs/metrics/01_profiles.ipynb #1a398b46
 def first_step_marginals(trace: Trace) -> np.ndarray:
     "The probabilities of the labels at step 1 (n, L), without that of `none`."
     return trace.probs[trace.steps["step"] == 1, : len(trace.labels)]

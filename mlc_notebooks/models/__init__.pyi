@@ -4,6 +4,7 @@ from . import adapters as adapters
 from . import lm as lm
 from . import tokens as tokens
 from . import encoders as encoders
+from .quiet import bar_options as bar_options
 from .quiet import quiet_transformers as quiet_transformers
 from .fetch import WHEEL_MODELS as WHEEL_MODELS
 from .fetch import WheelModel as WheelModel

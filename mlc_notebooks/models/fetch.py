@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .quiet import quiet_transformers
 

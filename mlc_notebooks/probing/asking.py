@@ -74,10 +74,6 @@ class ListQuestions:
     rows: TokenRows
     flags: list[set[str]]  # per text: text_truncated, boundary_merged
 
-    @property
-    def tokens(self) -> AnswerTokens:  # until all who ask use the other name
-        return self.answer_tokens
-
 # %% ../../nbs/probing/03_asking.ipynb #9533988b
 def _too_many(rows: TokenRows, room: int, context_length: int) -> dict[int, int]:
     "By row, how many tokens too many a prompt and `room` more tokens have; only rows that have."

@@ -127,13 +127,6 @@ class StepReader:
         "The trie of what may stand at this place of the list: after so many labels."
         return self._later if position else self._first
 
-    @property
-    def tries(self):  # until alignment.output_tree asks by position
-        return {"first": self._first, "later": self._later}
-
-    def __call__(self, kind, context, below):  # likewise
-        return self.read(int(kind == "later"), context, below)
-
     def columns(self, ids: Iterable[int]) -> list[int]:
         "The columns of these tokens in the watched log-probabilities."
         return [self.column[int(token)] for token in ids]

@@ -44,20 +44,20 @@ from .reading import StepReader, read_steps
 from .trace import STEP_COLUMNS, Trace
 
 # %% ../../nbs/probing/05_steps.ipynb #3f7869be
-def _step_rows(decoded: Decoded, readings: list[dict], states: list[dict]) -> list[dict]:
+def _step_rows(decoded: Decoded, readings: list[dict]) -> list[dict]:
     "What is kept of each step of an answer."
     rows = []
-    for step, reading, state in zip(decoded.steps, readings, states):
+    for step, reading in zip(decoded.steps, readings):
         row = {
             "wrote": step.written,
             "flags": tuple(sorted(step.flags)),
             "prompt_tokens": decoded.prompt_tokens,
             "generated_tokens": step.length - decoded.prompt_tokens,
         }
-        rows.append({**row, **reading, **state})
+        rows.append({**row, **reading})
     return rows
 
-
+# %% ../../nbs/probing/05_steps.ipynb #92efcf78
 @dataclass
 class _Probe:
     "How the texts of a run are asked, answered and read."
@@ -81,33 +81,40 @@ class _Probe:
         readings = yield from read_steps(decoded.steps, self.reader)
         return decoded, readings
 
-    def batch(self, positions: Sequence[int]) -> Iterator[tuple]:
-        "Of each text at these positions the output, its outcomes, flags and the rows of its steps."
+    def decode(self, positions: Sequence[int], keep: bool) -> Iterator[tuple[Decoded, list[dict]]]:
+        "The answers to the texts at these positions and the readings of their steps."
         tree, answer_tokens = self.tree, self.asked.answer_tokens
-        tree.rewind()
         tails = [self.asked.rows.tails[i] for i in positions]
         sizes = [len(tail) + len(answer_tokens.opening) + 8 for tail in tails]
         drafts = NgramDrafter(answer_tokens)
-
-        def begin() -> Iterator[Generator]:
-            for number, tail in enumerate(tails, 1):
-                drafts.waits = number < len(tails)
-                yield self.answer(Node(tree.root, tail), drafts)
-
-        with_states = bool(self.hidden or self.attention)
-        answers = continuous_batching(
-            tree, begin(), self.reader.watch, sizes, tokens_under_way(tree.lm), with_states
+        answers = (self.answer(Node(tree.root, tail), drafts) for tail in tails)
+        most = tokens_under_way(tree.lm)
+        return continuous_batching(
+            tree, answers, self.reader.watch, sizes, most, keep, drafts=drafts
         )
+
+    def batch(self, positions: Sequence[int]) -> Iterator[tuple]:
+        "Of each text at these positions the output, its outcomes, flags and the rows of its steps."
+        self.tree.rewind()
+        with_states = bool(self.hidden or self.attention)
+        answers = self.decode(positions, keep=with_states)
         if with_states:
-            answers = list(answers)
-            decoded = [decoded for decoded, _ in answers]
-            states = read_states(tree, decoded, answer_tokens, self.hidden, self.attention)
-            answers = zip(answers, states)
-        else:
-            answers = ((answer, [{}] * len(answer[1])) for answer in answers)
-        for (decoded, readings), states in answers:
-            rows = _step_rows(decoded, readings, states)
+            answers = self.with_states(list(answers))
+        for decoded, readings in answers:
+            rows = _step_rows(decoded, readings)
             yield decoded.output, decoded.outcomes, decoded.flags, rows
+
+    def with_states(self, answers: list[tuple]) -> Iterator[tuple[Decoded, list[dict]]]:
+        "The same answers, with hidden states and attention among the readings of each step."
+        states = read_states(
+            self.tree,
+            [decoded for decoded, _ in answers],
+            self.asked.answer_tokens,
+            self.hidden,
+            self.attention,
+        )
+        for (decoded, readings), kept in zip(answers, states):
+            yield decoded, [reading | state for reading, state in zip(readings, kept)]
 
 # %% ../../nbs/probing/05_steps.ipynb #1c5b74b9
 _TEXTS_TO_LEARN_FROM = 32

@@ -88,31 +88,33 @@ def _write(trace: "Trace", folder: Path):
         _save_array(folder / f"{name}.npy", getattr(trace, name))
 
 # %% ../../nbs/probing/02_trace.ipynb #f3551c73
-def _read(folder: Path) -> dict:
-    "The fields of the trace in a folder."
-    if not (folder / "trace.json").is_file():
+def _read_header(folder: Path) -> tuple[LabelSet, dict]:
+    "The labels and the settings of the trace in a folder."
+    path = folder / "trace.json"
+    if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no trace: there is no trace.json")
-    header = json.loads((folder / "trace.json").read_text(encoding="utf-8"))
-    labels = LabelSet(header["labels"], header["none"])
+    header = json.loads(path.read_text(encoding="utf-8"))
+    return LabelSet(header["labels"], header["none"]), header["settings"]
 
-    tidy = pd.read_parquet(folder / "trace.parquet")
-    one_per_step = tidy.iloc[:: len(labels.outcomes)]
-    steps = one_per_step[["example", "step", *STEP_COLUMNS]].reset_index(drop=True)
-    steps["flags"] = [tuple(cell.split()) for cell in steps["flags"]]
 
+def _read_items(folder: Path) -> pd.DataFrame:
     items = pd.read_parquet(folder / "items.parquet")
     items["outcomes"] = items["outcomes"].map(tuple)
     items["flags"] = items["flags"].map(tuple)
+    return items
 
-    paths = {name: folder / f"{name}.npy" for name in _ARRAYS}
-    return {
-        "labels": labels,
-        "items": items,
-        "steps": steps,
-        "logprobs": tidy["logprob"].to_numpy().reshape(len(steps), -1),
-        "settings": header["settings"],
-        **{name: np.load(path, mmap_mode="r") for name, path in paths.items() if path.is_file()},
-    }
+
+def _read_steps(folder: Path, outcomes: int) -> tuple[pd.DataFrame, np.ndarray]:
+    "One row per step, and the log-probabilities (steps, outcomes), from the tidy table."
+    tidy = pd.read_parquet(folder / "trace.parquet")
+    one_per_step = tidy.iloc[::outcomes]
+    steps = one_per_step[["example", "step", *STEP_COLUMNS]].reset_index(drop=True)
+    steps["flags"] = steps["flags"].map(str.split).map(tuple)
+    return steps, tidy["logprob"].to_numpy().reshape(len(steps), -1)
+
+
+def _read_array(path: Path) -> np.ndarray | None:
+    return np.load(path, mmap_mode="r") if path.is_file() else None
 
 # %% ../../nbs/probing/02_trace.ipynb #8fd04037
 @dataclass(eq=False)
@@ -173,4 +175,9 @@ class Trace:
     @classmethod
     def load(cls, folder: str | Path) -> "Trace":
         "The trace that `save` wrote; hidden states and attention stay on disk until they are used."
-        return cls(**_read(Path(folder)))
+        folder = Path(folder)
+        labels, settings = _read_header(folder)
+        items = _read_items(folder)
+        steps, logprobs = _read_steps(folder, len(labels.outcomes))
+        arrays = {name: _read_array(folder / f"{name}.npy") for name in _ARRAYS}
+        return cls(labels, items, steps, logprobs, settings, **arrays)
