@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 WAY = re.findall(rf"`((?:{'|'.join(ROOMS)})\.\w+\.\w+)`", ARCHITECTURE)
-INDEX = re.findall(r"^\| [^|]+ \| (`\w+/.*?) \|$", ARCHITECTURE, re.MULTILINE)
+INDEX = re.findall(r"^\| [^|]+ \| (`\w+/\w+\.\w+`.*?) \|$", ARCHITECTURE, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", WAY)

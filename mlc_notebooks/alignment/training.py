@@ -30,6 +30,7 @@ from mlc_notebooks.alignment.sft_examples import (
 )
 from ..engine.parts import claimed, write_whole
 from ..engine.runs import check_same_settings
+from ..models.quiet import bar_options
 
 # %% ../../nbs/alignment/14_training.ipynb #68663efb
 @dataclass(frozen=True)
@@ -141,7 +142,9 @@ def _progress_bar_class() -> type:
 
         def on_train_begin(self, args, state, control, **rest):
             done = state.global_step
-            self.bar = tqdm(total=state.max_steps, initial=done, desc="tuning", unit="step")
+            total = state.max_steps
+            shown = bar_options(True)
+            self.bar = tqdm(total=total, initial=done, desc="tuning", unit="step", **shown)
 
         def on_step_end(self, args, state, control, **rest):
             self.bar.update()

@@ -51,7 +51,7 @@ def reads_within(lm: LM, megabytes: int) -> int:
 
 # %% ../../nbs/engine/00_memory.ipynb #a500d4e8
 def fit_threads():
-    "Lower torch's threads to the cores that this process has, unless the environment says a number."
+    "Lower torch's threads to the cores that this process has; a number that you set stays."
     import joblib
 
     if "OMP_NUM_THREADS" in os.environ or "MKL_NUM_THREADS" in os.environ:

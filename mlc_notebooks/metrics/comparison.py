@@ -27,6 +27,11 @@ class AlignReport(pd.DataFrame):
 
     _metadata = ["note"]
 
+    def __init__(
+        self, *data, **options
+    ):  # without the annotations of pandas, which docs cannot read
+        super().__init__(*data, **options)
+
     def table(self, metrics: Sequence[str] = SHOWN_METRICS) -> pd.DataFrame:
         "Methods by metrics as text, `value [low, high]`, or `-` where a method has no such metric."
         tidy = pd.DataFrame(self)

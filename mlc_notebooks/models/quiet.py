@@ -9,6 +9,7 @@ __all__ = ['quiet_transformers', 'bar_options']
 
 # %% ../../nbs/models/00_quiet.ipynb #8e30012a
 import contextlib
+import os
 from collections.abc import Iterator
 
 # %% ../../nbs/models/00_quiet.ipynb #5794fb83
@@ -27,5 +28,6 @@ def quiet_transformers() -> Iterator[None]:
 
 # %% ../../nbs/models/00_quiet.ipynb #1e171a94
 def bar_options(progress: bool) -> dict[str, bool]:
-    "Options for a tqdm bar: switched off where nobody wants it, else left to tqdm."
-    return {} if progress else {"disable": True}
+    "Options for a tqdm bar: switched off where the caller or the environment says so."
+    wanted = progress and not os.environ.get("TQDM_DISABLE")
+    return {} if wanted else {"disable": True}

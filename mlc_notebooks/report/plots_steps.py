@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/report/plots_steps.html.md""
 # %% auto #0
 __all__ = ['plot_steps', 'plot_top_second', 'plot_sorted_profile', 'plot_intermediate_last']
 
-# %% ../../nbs/report/01_plots_steps.ipynb #9ce61615
+# %% ../../nbs/report/01_plots_steps.ipynb #23778dfa
 import textwrap
 
 import matplotlib.pyplot as plt
@@ -30,40 +30,7 @@ from mlc_notebooks.report.drawing import (
     new_axes,
 )
 
-# %% ../../nbs/report/01_plots_steps.ipynb #1d2afbdf
-def plot_steps(
-    trace: Trace,
-    example: int | str = 0,  # position or id of the text
-):
-    "A seaborn grid with one panel per step of an answer: the probability of each outcome."
-    import seaborn as sns
-
-    item = example_id(trace, example)
-    frame = trace.frame().query("example == @item")
-    height = 0.32 * len(trace.labels) + 1.6
-    grid = sns.catplot(
-        frame,
-        kind="bar",
-        x="prob",
-        y="label",
-        col="step",
-        hue="written",
-        palette={True: WRITTEN, False: OTHER},
-        dodge=False,
-        saturation=1,
-        legend=False,
-        height=height,
-        aspect=3.6 / height,
-        col_wrap=min(4, frame["step"].nunique()),
-    )
-    for step, axes in grid.axes_dict.items():
-        _label_step(axes, frame[frame["step"] == step].iloc[0])
-    grid.set(xlim=(0, 1.12), ylabel="", xlabel="probability among the outcomes")
-    grid.tight_layout()
-    _say_what_was_read(grid.figure, trace, item, frame)
-    return grid
-
-# %% ../../nbs/report/01_plots_steps.ipynb #618f31fc
+# %% ../../nbs/report/01_plots_steps.ipynb #f09accd0
 def _label_step(axes: plt.Axes, step: pd.Series) -> None:
     "What the model wrote at a step, the label mass, and a number at each bar."
     wrote = f"writes {step['wrote']}" if step["wrote"] else "wrote no list"
@@ -96,7 +63,40 @@ def _say_what_was_read(figure, trace: Trace, item: str, frame: pd.DataFrame) -> 
         f"written there. The top outcome holds {', '.join(tops)}.",
     )
 
-# %% ../../nbs/report/01_plots_steps.ipynb #52f40251
+# %% ../../nbs/report/01_plots_steps.ipynb #db5c5317
+def plot_steps(
+    trace: Trace,
+    example: int | str = 0,  # position or id of the text
+):
+    "A seaborn grid with one panel per step of an answer: the probability of each outcome."
+    import seaborn as sns
+
+    item = example_id(trace, example)
+    frame = trace.frame().query("example == @item")
+    height = 0.32 * len(trace.labels) + 1.6
+    grid = sns.catplot(
+        frame,
+        kind="bar",
+        x="prob",
+        y="label",
+        col="step",
+        hue="written",
+        palette={True: WRITTEN, False: OTHER},
+        dodge=False,
+        saturation=1,
+        legend=False,
+        height=height,
+        aspect=3.6 / height,
+        col_wrap=min(4, frame["step"].nunique()),
+    )
+    for step, axes in grid.axes_dict.items():
+        _label_step(axes, frame[frame["step"] == step].iloc[0])
+    grid.set(xlim=(0, 1.12), ylabel="", xlabel="probability among the outcomes")
+    grid.tight_layout()
+    _say_what_was_read(grid.figure, trace, item, frame)
+    return grid
+
+# %% ../../nbs/report/01_plots_steps.ipynb #bd421456
 def plot_top_second(
     trace: Trace,
     most_steps: int = 4,  # steps shown; later ones are few
@@ -136,7 +136,7 @@ def _top_second_caption(trace: Trace, profile: pd.DataFrame) -> str:
         "Boxes: quartiles."
     )
 
-# %% ../../nbs/report/01_plots_steps.ipynb #d4fd7d5b
+# %% ../../nbs/report/01_plots_steps.ipynb #ad4b7150
 def plot_sorted_profile(
     frame: pd.DataFrame,  # of `sorted_profile`
     axis: plt.Axes | None = None,
@@ -162,7 +162,7 @@ def plot_sorted_profile(
     )
     return finish_figure(axes, alone, caption)
 
-# %% ../../nbs/report/01_plots_steps.ipynb #82829477
+# %% ../../nbs/report/01_plots_steps.ipynb #41b46658
 def plot_intermediate_last(
     profile: pd.DataFrame,  # of `step_profile`
     value: str = "top",  # its column to show: top or second (Figure 2), entropy (Figure 10)
