@@ -947,13 +947,13 @@ def test_a_truncated_prompt_leaves_room_for_the_answer(lm, task, shortage, chat)
     whole = ask_for_lists(lm, task, shots=0, fmt=fmt, chat=chat)
     short = LM("short", lm.model, lm.tokenizer)
     short.__dict__["context_length"] = (
-        max(map(len, whole.rows)) + whole.tokens.longest_answer - shortage
+        max(map(len, whole.rows)) + whole.answer_tokens.longest_answer - shortage
     )
     try:
         cut = ask_for_lists(short, task, shots=0, fmt=fmt, chat=chat, long_text="truncate")
     except ValueError as error:
         assert "lower shots" in str(error)
     else:
-        assert max(map(len, cut.rows)) + cut.tokens.longest_answer <= short.context_length
+        assert max(map(len, cut.rows)) + cut.answer_tokens.longest_answer <= short.context_length
         for row, other, flags in zip(whole.rows, cut.rows, cut.flags, strict=True):
             assert (row == other) == ("text_truncated" not in flags)
