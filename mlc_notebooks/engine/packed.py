@@ -119,6 +119,25 @@ def pass_masks(lm: LM, layout: PassLayout, slots: Slots) -> torch.Tensor | dict[
         return near
     return {"full_attention": _additive_mask(visible, lm), "sliding_attention": near}
 
+
+def _takes_shared_prefix(lm: LM) -> bool:
+    "Whether passes of a model may use shared-prefix attention, which transformers then knows."
+    possible = flash_attention is not None and lm.device.type == "cpu"
+    if not possible or _sliding_layers(lm) != "none":
+        return False
+    register_shared_prefix()
+    return True
+
+
+def _take_slots(nodes: Sequence[Node]) -> list[int]:
+    "The slots of nodes, which have none afterwards; a node may be named twice."
+    taken = []
+    for node in nodes:
+        if node.slots is not None:
+            taken += node.slots.tolist()
+            node.slots = None
+    return taken
+
 # %% ../../nbs/engine/04_packed.ipynb #80fff8c4
 @torch.inference_mode()
 def _compute_pass(tree, pieces, watch, hidden, attention) -> Predictions | None:
@@ -195,10 +214,7 @@ class PackedTree:
         self.lm = lm
         self.tokens_per_pass = tokens_per_pass
         self.reads_per_pass = reads_within(lm, 16 * lm.model.dtype.itemsize)
-        possible = flash_attention is not None and lm.device.type == "cpu"
-        self.shared_prefix = shared_prefix and possible and _sliding_layers(lm) == "none"
-        if self.shared_prefix:
-            register_shared_prefix()
+        self.shared_prefix = shared_prefix and _takes_shared_prefix(lm)
 
         # twice: answers may grow longer than expected
         self.slots = Slots(len(shared) + 2 * tokens_under_way(lm) + tokens_per_pass)
@@ -233,13 +249,9 @@ class PackedTree:
 
     def forget(self, nodes: Sequence[Node]):
         "Give back the slots of nodes from which nothing more will grow."
-        given = []
+        self.slots.give_back(_take_slots(nodes))
         for node in nodes:
-            if node.slots is not None:  # a node may be named twice
-                given += node.slots.tolist()
-                node.slots = None
-                self.kept.pop(node, None)
-        self.slots.give_back(given)
+            self.kept.pop(node, None)
 
     def rewind(self):
         "Forget all but the shared prefix."

@@ -116,6 +116,16 @@ def _read_steps(folder: Path, outcomes: int) -> tuple[pd.DataFrame, np.ndarray]:
 def _read_array(path: Path) -> np.ndarray | None:
     return np.load(path, mmap_mode="r") if path.is_file() else None
 
+# %% ../../nbs/probing/02_trace.ipynb #trline02
+def _one_line(made: dict, texts: int, steps: int) -> str:
+    asked = f"{made['task']}, {made['shots']}-shot, {made['decoding']}, {made['reading']}"
+    return f"Trace of {texts} texts, {steps} steps: {made['model']}, {asked}"
+
+
+def _written(labels: LabelSet, outcomes: tuple[str, ...]) -> np.ndarray:
+    "The labels among some outcomes, as 0 or 1 (L,)."
+    return labels.vector(name for name in outcomes if name in labels)
+
 # %% ../../nbs/probing/02_trace.ipynb #8fd04037
 @dataclass(eq=False)
 class Trace:
@@ -133,11 +143,7 @@ class Trace:
         return len(self.items)
 
     def __repr__(self):
-        made = self.settings
-        return (
-            f"Trace of {len(self.items)} texts, {len(self.steps)} steps: {made['model']}, "
-            f"{made['task']}, {made['shots']}-shot, {made['decoding']}, {made['reading']}"
-        )
+        return _one_line(self.settings, len(self.items), len(self.steps))
 
     @property
     def probs(self) -> np.ndarray:
@@ -150,11 +156,8 @@ class Trace:
 
     def predictions(self) -> pd.DataFrame:
         "The labels that the model wrote, as 0 or 1 (n, L)."
-        written = [
-            self.labels.vector(name for name in outcomes if name in self.labels)
-            for outcomes in self.items["outcomes"]
-        ]
-        return pd.DataFrame(written, self.items.index, list(self.labels))
+        written = self.items["outcomes"].map(lambda outcomes: _written(self.labels, outcomes))
+        return pd.DataFrame(written.tolist(), self.items.index, list(self.labels))
 
     def states(self, layer: int, step: int = 1) -> pd.DataFrame:
         """Hidden states (n, width) at the token that predicts label `step`, by id of the n items.
