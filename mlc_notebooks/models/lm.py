@@ -205,10 +205,7 @@ class LM:
     tokenizer: object  # of transformers
 
     def __repr__(self) -> str:
-        weights = sum(weight.numel() for weight in self.model.parameters())
-        return (
-            f"LM({self.name!r}, {weights / 1e6:,.0f} million weights, {self.dtype}, {self.device})"
-        )
+        return f"LM({self.name!r}, {_size(self.model)}, {self.dtype}, {self.device})"
 
     @property
     def device(self) -> torch.device:
