@@ -21,8 +21,7 @@ from mlc_notebooks.alignment import (
     sft_example,
     training,
 )
-from mlc_notebooks.data import AnnotatedTexts, LabelSet, load_task
-from mlc_notebooks.engine import claimed
+from mlc_notebooks.data import AnnotatedTexts, LabelSet, claimed, load_task
 from mlc_notebooks.models import load_lm
 
 LABELS = LabelSet(["joy", "fear", "anger"])

@@ -33,11 +33,11 @@ from mlc_notebooks.alignment.policy_gradient import (
 from .sft import save_tuned
 from .training import add_adapter, check_finite, claim_run
 from ..data.answers import FORMATS, list_is_over, parse_answer
+from ..data.files import write_whole
 from ..data.labels import LabelSet
 from ..data.prompts import check_texts, list_prompts
 from ..data.texts import AnnotatedTexts, training_data
 from ..engine.memory import process_policy
-from ..engine.parts import write_whole
 from ..models.lm import LM, load_lm
 from ..models.quiet import bar_options
 

@@ -31,9 +31,9 @@ from mlc_notebooks.alignment.training import (
     newest_state,
     training_is_over,
 )
+from ..data.files import write_whole
 from ..data.texts import AnnotatedTexts, reorder_labels, training_data, without_texts
 from ..engine.memory import process_policy
-from ..engine.parts import write_whole
 from ..models.lm import LM, load_lm
 from ..models.quiet import quiet_transformers
 

@@ -28,7 +28,7 @@ from mlc_notebooks.alignment.sft_examples import (
     mean_answer_loss,
     takes_packed_rows,
 )
-from ..engine.parts import claimed, write_whole
+from ..data.files import claimed, write_whole
 from ..engine.runs import check_same_settings
 from ..models.quiet import bar_options
 

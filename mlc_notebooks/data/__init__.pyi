@@ -1,4 +1,6 @@
 from . import labels as labels
+from . import checks as checks
+from . import files as files
 from . import answers as answers
 from . import sampling as sampling
 from . import texts as texts
@@ -13,6 +15,12 @@ from . import demonstrations as demonstrations
 from .labels import LabelSet as LabelSet
 from .labels import nfc as nfc
 from .labels import surface_forms as surface_forms
+from .checks import check_choice as check_choice
+from .checks import check_number as check_number
+from .checks import check_whole as check_whole
+from .files import claimed as claimed
+from .files import safe_name as safe_name
+from .files import write_whole as write_whole
 from .answers import AnswerFormat as AnswerFormat
 from .answers import Entry as Entry
 from .answers import FLAGS as FLAGS

@@ -54,10 +54,8 @@ from .scheduler import Prediction as Prediction
 from .scheduler import Request as Request
 from .scheduler import continuous_batching as continuous_batching
 from .scheduler import token_chain as token_chain
-from .parts import claimed as claimed
 from .parts import part_bytes as part_bytes
 from .parts import read_part as read_part
-from .parts import write_whole as write_whole
 from .runs import Batches as Batches
 from .runs import Run as Run
 from .runs import SettingsChanged as SettingsChanged

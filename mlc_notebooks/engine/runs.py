@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from .parts import claimed, part_bytes, read_part, write_whole
+from ..data.files import claimed, write_whole
+from .parts import part_bytes, read_part
 from ..models.lm import LM
 from ..models.quiet import bar_options
 
