@@ -7,12 +7,12 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/data/exports.html.md"""
 # %% auto #0
 __all__ = ['label_studio_rows', 'prodigy_rows', 'argilla_rows', 'rows_of_export']
 
-# %% ../../nbs/data/03d_exports.ipynb #4665566d
+# %% ../../nbs/data/03d_exports.ipynb #fd2e91ff
 from collections.abc import Callable, Iterable, Iterator
 
 import pandas as pd
 
-# %% ../../nbs/data/03d_exports.ipynb #b0e66c75
+# %% ../../nbs/data/03d_exports.ipynb #b067e4b8
 def _the_question(names: Iterable[str], wanted: str | None) -> str:
     "The question whose answers are the labels; raises `ValueError` where it is not clear."
     names = sorted(set(names))
@@ -24,12 +24,12 @@ def _the_question(names: Iterable[str], wanted: str | None) -> str:
         raise ValueError(f"several questions {names}: name one with labels_column=")
     return names[0] if names else ""
 
-# %% ../../nbs/data/03d_exports.ipynb #f133c2a7
+# %% ../../nbs/data/03d_exports.ipynb #5f2ab6d2
 def _row(item, text, annotator=None, labels=None) -> dict:
     "One row: an annotation, or (without labels) a text that nobody has annotated."
     return {"id": item, "text": text, "annotator": annotator, "labels": labels}
 
-# %% ../../nbs/data/03d_exports.ipynb #e369e830
+# %% ../../nbs/data/03d_exports.ipynb #12c8dca7
 def _choices_by_question(annotation: dict) -> dict[str, list[str]]:
     "The choices of one Label Studio annotation; raises `ValueError` for other kinds of results."
     found = {}
@@ -65,7 +65,7 @@ def label_studio_rows(records: list[dict], text: str, question: str | None) -> I
         for annotator, choices in given:
             yield _row(record.get("id"), content, annotator, choices.get(question, []))
 
-# %% ../../nbs/data/03d_exports.ipynb #ba9aa673
+# %% ../../nbs/data/03d_exports.ipynb #0737ea17
 def prodigy_rows(records: list[dict], text: str, question: str | None) -> Iterator[dict]:
     "The rows of Prodigy's export of choices."
     for record in records:
@@ -83,7 +83,7 @@ def _refuse_binary(records: list[dict], text: str, question: str | None):
         "each text in a list first"
     )
 
-# %% ../../nbs/data/03d_exports.ipynb #8108ad8b
+# %% ../../nbs/data/03d_exports.ipynb #7d52bad9
 def argilla_rows(records: list[dict], text: str, question: str | None) -> Iterator[dict]:
     "The rows of Argilla's JSON export."
     names = [name for record in records for name in record["responses"] or {}]
@@ -98,7 +98,7 @@ def argilla_rows(records: list[dict], text: str, question: str | None) -> Iterat
             labels = [value] if isinstance(value, str) else value
             yield _row(record.get("id"), content, response.get("user_id", "unknown"), labels)
 
-# %% ../../nbs/data/03d_exports.ipynb #29a7579d
+# %% ../../nbs/data/03d_exports.ipynb #ffac7546
 _TOOLS: dict[str, tuple[set[str], Callable]] = {
     "Label Studio": ({"data", "annotations"}, label_studio_rows),
     "Argilla": ({"fields", "responses"}, argilla_rows),

@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/data/label_cells.html.md"""
 # %% auto #0
 __all__ = ['read_cell', 'is_mark', 'read_mark', 'is_share', 'read_share', 'named', 'hidden_parts', 'shared_part']
 
-# %% ../../nbs/data/03c_label_cells.ipynb #7f0d2a69
+# %% ../../nbs/data/03c_label_cells.ipynb #97d0ab23
 import ast
 import json
 import re
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 
 from .checks import check_number
 
-# %% ../../nbs/data/03c_label_cells.ipynb #4bcb7838
+# %% ../../nbs/data/03c_label_cells.ipynb #83399ae4
 _STRING = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 _SIDE_BY_SIDE = re.compile(rf"\[\s*(?:{_STRING})(?:\s+(?:{_STRING}))+\s*\]")
 _NUMBERS = re.compile(r"\[\s*\d+(?:\s+\d+)+\s*\]")  # [0 1 1], as NumPy prints it
@@ -29,7 +29,7 @@ def _printed_by_numpy(cell: str) -> list[str] | None:
         return cell.strip("[]").split()
     return None
 
-# %% ../../nbs/data/03c_label_cells.ipynb #e594bca3
+# %% ../../nbs/data/03c_label_cells.ipynb #0f07824e
 def _literal(cell: str):
     "What JSON or Python says that a string in brackets is; raises `ValueError`."
     printed = _printed_by_numpy(cell)
@@ -48,7 +48,7 @@ def _literal(cell: str):
             f'the labels {cell!r:.80} are no list: write joy; anger, or ["joy", "anger"]'
         ) from None
 
-# %% ../../nbs/data/03c_label_cells.ipynb #b532dba6
+# %% ../../nbs/data/03c_label_cells.ipynb #78d370ce
 _BETWEEN = re.compile(r"[;|]")
 
 
@@ -89,7 +89,7 @@ def read_cell(cell, separator: str | None = None) -> list[str] | dict | None:
         return _names(cell)
     raise ValueError(f"the labels {cell!r:.80} are no list of names")
 
-# %% ../../nbs/data/03c_label_cells.ipynb #9c02ffec
+# %% ../../nbs/data/03c_label_cells.ipynb #3d1ad1a2
 def _marks_or_choices(cell: dict) -> list[str] | dict:
     "The chosen names, where there is only a list of them; else the marks by name."
     if set(cell) == {"choices"}:
@@ -97,7 +97,7 @@ def _marks_or_choices(cell: dict) -> list[str] | dict:
         return _names([choices] if isinstance(choices, str) else choices)
     return {name.strip(): mark for name, mark in cell.items()}
 
-# %% ../../nbs/data/03c_label_cells.ipynb #6b707078
+# %% ../../nbs/data/03c_label_cells.ipynb #e38a59ee
 _MARKS = {"1": 1, "1.0": 1, "true": 1, "yes": 1, "0": 0, "0.0": 0, "false": 0, "no": 0}
 
 
@@ -112,7 +112,7 @@ def read_mark(cell) -> int:
         raise ValueError(f"{cell!r:.80} is no mark: write 0 or 1 (or soft=True for shares)")
     return _MARKS[str(cell).strip().casefold()]
 
-# %% ../../nbs/data/03c_label_cells.ipynb #d17ad92d
+# %% ../../nbs/data/03c_label_cells.ipynb #b8c4eca3
 def is_share(cell) -> bool:
     "Whether a cell is a number from 0 to 1."
     try:
@@ -132,7 +132,7 @@ def read_share(cell) -> float:
         raise ValueError(f"{cell!r:.80} is no share: give a number from 0 to 1") from None
     return check_number("a share", value, least=0, most=1)
 
-# %% ../../nbs/data/03c_label_cells.ipynb #a5c172e9
+# %% ../../nbs/data/03c_label_cells.ipynb #2e727bde
 def _are_numbers(lists: Sequence[list[str]]) -> bool:
     "Whether all entries of all lists are whole numbers, and there are some."
     entries = [entry for entries in lists for entry in entries]
@@ -165,7 +165,7 @@ def named(lists: Sequence[list[str]], names: Sequence[str]) -> list[list[str]]:
         return [[name for name, mark in zip(names, entries) if mark == "1"] for entries in lists]
     return [[_name_at(entry, names) for entry in entries] for entries in lists]
 
-# %% ../../nbs/data/03c_label_cells.ipynb #c713dd05
+# %% ../../nbs/data/03c_label_cells.ipynb #5898bd59
 _OTHER_SEPARATORS = (",", "/", "#", "+")
 
 

@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/data/open_tables.html.md"""
 # %% auto #0
 __all__ = ['TableOptions', 'OpenTable', 'is_blank', 'open_table']
 
-# %% ../../nbs/data/03e_open_tables.ipynb #25178c8f
+# %% ../../nbs/data/03e_open_tables.ipynb #49c769fb
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ from .exports import rows_of_export
 from .labels import LabelSet
 from .table_files import RawTable, plain_frame, read_table_file
 
-# %% ../../nbs/data/03e_open_tables.ipynb #e844d679
+# %% ../../nbs/data/03e_open_tables.ipynb #1acd80e8
 @dataclass(frozen=True)
 class TableOptions:
     "What the reader of a table was told; None: it is found out."
@@ -37,7 +37,7 @@ class TableOptions:
     soft: bool = False
     blank_as_zero: bool = False
 
-# %% ../../nbs/data/03e_open_tables.ipynb #5e131701
+# %% ../../nbs/data/03e_open_tables.ipynb #28ab8d4a
 @dataclass
 class OpenTable:
     "A user's table on its way to a task."
@@ -74,7 +74,7 @@ class OpenTable:
                 _check_filled(cell, role)
         return [str(cell) for cell in cells]
 
-# %% ../../nbs/data/03e_open_tables.ipynb #9ee4f782
+# %% ../../nbs/data/03e_open_tables.ipynb #c2f1da21
 def is_blank(cell) -> bool:
     "Whether a cell holds nothing, or nothing but white space."
     return cell is None or isinstance(cell, str) and not cell.strip()
@@ -87,7 +87,7 @@ def _check_filled(cell, role: str):
     if not isinstance(cell, (str, bool)):
         raise ValueError(f"the {role} is {cell!r:.80}, not a string")
 
-# %% ../../nbs/data/03e_open_tables.ipynb #52dd0031
+# %% ../../nbs/data/03e_open_tables.ipynb #189a7988
 def _of_frame(frame: pd.DataFrame) -> RawTable:
     try:
         return RawTable("the table", plain_frame(frame), {})
@@ -120,7 +120,7 @@ def _as_plain_rows(table: OpenTable):
         table.options = replace(options, text="text", labels_column="labels", annotator="annotator")
         table.notes.append(f"read as an export of {tool}")
 
-# %% ../../nbs/data/03e_open_tables.ipynb #6a8a482e
+# %% ../../nbs/data/03e_open_tables.ipynb #b2cc3a3a
 def open_table(table: str | Path | pd.DataFrame, options: TableOptions) -> OpenTable:
     """The table with the roles of its columns.
 
@@ -134,7 +134,7 @@ def open_table(table: str | Path | pd.DataFrame, options: TableOptions) -> OpenT
     _give_roles(opened)
     return opened
 
-# %% ../../nbs/data/03e_open_tables.ipynb #38a43920
+# %% ../../nbs/data/03e_open_tables.ipynb #1bd5a8c8
 _USUAL = {
     "text": ("text",),
     "labels": ("labels", "label"),

@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/data/own_tables.html.md"""
 # %% auto #0
 __all__ = ['TableDescription', 'describe_table', 'load_table']
 
-# %% ../../nbs/data/03g_own_tables.ipynb #ab80b97c
+# %% ../../nbs/data/03g_own_tables.ipynb #d26329d6
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -23,7 +23,7 @@ from .table_labels import labelled_rows
 from .tables import join_annotators, texts_from_frame
 from .texts import AnnotatedTexts
 
-# %% ../../nbs/data/03g_own_tables.ipynb #ba2ac079
+# %% ../../nbs/data/03g_own_tables.ipynb #75a5b531
 def _ids(table: OpenTable) -> list[str]:
     "An id for each row: from its column, by the text where rows are annotations, or its number."
     if "id" in table.roles:
@@ -42,7 +42,7 @@ def _votes(row: dict[str, float] | None, labels: LabelSet) -> np.ndarray:
     is_whole = not (values % 1).any()
     return values.astype(np.uint8) if is_whole else values
 
-# %% ../../nbs/data/03g_own_tables.ipynb #d6a8e9ff
+# %% ../../nbs/data/03g_own_tables.ipynb #7bf70cda
 def _repeated(values: Sequence) -> tuple[int, int] | None:
     "The numbers of the first two rows with the same value; None where all differ."
     seen = {}
@@ -68,7 +68,7 @@ def _check_items(table: OpenTable, frame: pd.DataFrame):
         first, second = same_text
         table.doubts.append(f"rows {first} and {second} have the same text: {_NAME_PEOPLE}")
 
-# %% ../../nbs/data/03g_own_tables.ipynb #bed1f93a
+# %% ../../nbs/data/03g_own_tables.ipynb #d3092634
 def _check_people(table: OpenTable, frame: pd.DataFrame):
     "Raise `ValueError` for an answer without a person."
     for number, (person, answer) in enumerate(zip(frame["annotator"], frame["votes"]), start=1):
@@ -102,7 +102,7 @@ def _repeats(table: OpenTable, frame: pd.DataFrame) -> list[int]:
         found += others
     return found
 
-# %% ../../nbs/data/03g_own_tables.ipynb #bb51b17e
+# %% ../../nbs/data/03g_own_tables.ipynb #0568cd39
 def _once_each(table: OpenTable, frame: pd.DataFrame) -> pd.DataFrame:
     "The rows of annotations, checked, without repeated answers of one person."
     _check_people(table, frame)
@@ -115,7 +115,7 @@ def _once_each(table: OpenTable, frame: pd.DataFrame) -> pd.DataFrame:
         )
     return frame.drop(index=repeats)
 
-# %% ../../nbs/data/03g_own_tables.ipynb #c65b2ea9
+# %% ../../nbs/data/03g_own_tables.ipynb #67eabcd6
 def _splits_of_rows(table: OpenTable) -> list[str]:
     "The split of each row: from its column, or the one that is asked for."
     if "split" in table.roles:
@@ -153,7 +153,7 @@ def _task(table: OpenTable) -> AnnotatedTexts:
         raise table.fault(f"no rows in the split {wanted!r}, only in {sorted(splits)}")
     return replace(splits[wanted], splits=splits)
 
-# %% ../../nbs/data/03g_own_tables.ipynb #674cbe99
+# %% ../../nbs/data/03g_own_tables.ipynb #47c4dcef
 @dataclass(frozen=True, repr=False)
 class TableDescription:
     "How a table was understood."
@@ -182,7 +182,7 @@ def _columns(table: OpenTable, task: AnnotatedTexts) -> pd.DataFrame:
         described[column] = {"role": roles.get(column, "not used"), "filled": filled}
     return pd.DataFrame.from_dict(described, orient="index")
 
-
+# %% ../../nbs/data/03g_own_tables.ipynb #4c7cc9b7
 def _describe(table: str | Path | pd.DataFrame, options: TableOptions) -> TableDescription:
     "The task, and everything that was found out about the table on the way."
     opened = open_table(table, options)
@@ -192,7 +192,7 @@ def _describe(table: str | Path | pd.DataFrame, options: TableOptions) -> TableD
     told = (tuple(opened.notes), tuple(opened.doubts))
     return TableDescription(raw.where, raw.how, columns, raw.rows.head(), task, *told)
 
-# %% ../../nbs/data/03g_own_tables.ipynb #72c5cb66
+# %% ../../nbs/data/03g_own_tables.ipynb #eef3cabb
 def _counts(task: AnnotatedTexts) -> str:
     "How many texts have each label, `none`, and no labels at all."
     asked = task.select([i for i, votes in enumerate(task.annotations) if len(votes)])
@@ -222,7 +222,7 @@ def describe_table(table: str | Path | pd.DataFrame, **options) -> TableDescript
     "How `load_table` understands a table, with the same options; print it."
     return _describe(table, TableOptions(**options))
 
-# %% ../../nbs/data/03g_own_tables.ipynb #d09671a2
+# %% ../../nbs/data/03g_own_tables.ipynb #9fa557df
 def load_table(
     table: str | Path | pd.DataFrame,  # csv, tsv, jsonl, json, parquet, a .gz of one, or a frame
     labels: Iterable[str] | LabelSet | str | Path | None = None,  # None: those that occur

@@ -8,7 +8,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/data/table_files.html.md"""
 __all__ = ['DELIMITERS', 'ENDINGS', 'RawTable', 'decoded', 'json_records', 'plain_frame', 'file_ending', 'file_content',
            'read_table_file']
 
-# %% ../../nbs/data/03b_table_files.ipynb #9f322838
+# %% ../../nbs/data/03b_table_files.ipynb #e73ba0db
 import codecs
 import csv
 import gzip
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pandas as pd
 
-# %% ../../nbs/data/03b_table_files.ipynb #43d521f6
+# %% ../../nbs/data/03b_table_files.ipynb #cf10cf25
 @dataclass(frozen=True)
 class RawTable:
     "The rows of a file, or of a frame, before anything is made of them."
@@ -32,7 +32,7 @@ class RawTable:
     class_names: dict[str, list[str]] = field(default_factory=dict)  # of ClassLabel columns
     notes: tuple[str, ...] = ()  # what a reader should know about how it was understood
 
-# %% ../../nbs/data/03b_table_files.ipynb #bd8f3f24
+# %% ../../nbs/data/03b_table_files.ipynb #d1ac5f8d
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark begins like it
@@ -76,7 +76,7 @@ def decoded(content: bytes, where: str, encoding: str | None = None) -> tuple[st
         raise ValueError(f"{where}: it holds zero bytes: name the encoding, maybe 'utf-16-le'")
     return text.removeprefix("\ufeff"), encoding
 
-# %% ../../nbs/data/03b_table_files.ipynb #00dd2b5f
+# %% ../../nbs/data/03b_table_files.ipynb #5803e5d2
 class _BadRow(ValueError):
     "A row that cannot be read; its message names it."
 
@@ -98,7 +98,7 @@ def _split_rows(text: str, delimiter: str, quoted: bool) -> list[list[str]]:
         csv.field_size_limit(before)
     return rows
 
-# %% ../../nbs/data/03b_table_files.ipynb #92488bb2
+# %% ../../nbs/data/03b_table_files.ipynb #a59e82e4
 def _is_even(rows: list[list[str]]) -> bool:
     "Whether all rows have as many cells as the header."
     return all(len(row) == len(rows[0]) for row in rows)
@@ -144,7 +144,7 @@ def _read_rows(text: str, delimiter: str) -> list[list[str]]:
             raise
         return unquoted
 
-# %% ../../nbs/data/03b_table_files.ipynb #1484ae55
+# %% ../../nbs/data/03b_table_files.ipynb #60b3a434
 DELIMITERS = {".csv": (",", ";", "\t", "|"), ".tsv": ("\t",)}
 
 
@@ -156,7 +156,7 @@ def _delimiter(header: str, choices: tuple[str, ...], text: str) -> str:
             return choice
     return choices[0]
 
-# %% ../../nbs/data/03b_table_files.ipynb #feb78894
+# %% ../../nbs/data/03b_table_files.ipynb #73ec33f9
 def _check_widths(rows: list[list[str]], delimiter: str):
     "Raise `_BadRow` for the first row whose number of cells is not the header's."
     header = rows[0]
@@ -169,7 +169,7 @@ def _check_widths(rows: list[list[str]], delimiter: str):
                 "quotation marks, and remove delimiters at the ends of rows"
             )
 
-
+# %% ../../nbs/data/03b_table_files.ipynb #664cd11c
 def _check_names(names: list[str]):
     "Raise `_BadRow` for a column without a name, and for two with the same."
     for position, name in enumerate(names):
@@ -200,7 +200,7 @@ def _from_delimited(text: str, delimiter: str) -> pd.DataFrame:
     columns = list(zip(*body)) if body else [()] * len(header)
     return pd.DataFrame(_named_columns(header, columns), dtype=object)
 
-# %% ../../nbs/data/03b_table_files.ipynb #85707e36
+# %% ../../nbs/data/03b_table_files.ipynb #7c2b1e34
 def _unique(pairs: list[tuple[str, object]]) -> dict:
     "An object of JSON; raises `ValueError` for a name that occurs twice in it."
     found = dict(pairs)
@@ -230,7 +230,7 @@ def _json_object(text: str, place: str) -> dict:
         raise _BadRow(f"{place} is no object such as {{'text': ..., 'labels': [...]}}")
     return found
 
-# %% ../../nbs/data/03b_table_files.ipynb #fd785ed5
+# %% ../../nbs/data/03b_table_files.ipynb #ffd7a3c6
 def _json_list(text: str) -> list[dict]:
     "The objects of a list; raises `_BadRow`."
     try:
@@ -249,7 +249,7 @@ def json_records(text: str) -> list[dict]:
     lines = enumerate(text.split("\n"), start=1)  # str.splitlines would also cut inside of texts
     return [_json_object(line, f"line {number}") for number, line in lines if line.strip()]
 
-# %% ../../nbs/data/03b_table_files.ipynb #a541e03f
+# %% ../../nbs/data/03b_table_files.ipynb #01cddea4
 def _plain_number(value: float) -> str | None:
     "A float as it was probably meant: a whole number without its point, None for NaN."
     if math.isnan(value):
@@ -281,7 +281,7 @@ def plain_frame(frame: pd.DataFrame) -> pd.DataFrame:
         columns[name] = [_plain(value) for value in frame.iloc[:, position].tolist()]
     return pd.DataFrame(columns, dtype=object)
 
-# %% ../../nbs/data/03b_table_files.ipynb #ae9a7387
+# %% ../../nbs/data/03b_table_files.ipynb #cc2d7eab
 def _names_of(feature) -> list[str] | None:
     "The names of a ClassLabel, or of the ClassLabels in a list; None for another feature."
     if not isinstance(feature, dict):
@@ -298,7 +298,7 @@ def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
     names = {column: _names_of(feature) for column, feature in features.items()}
     return {column: found for column, found in names.items() if found}
 
-# %% ../../nbs/data/03b_table_files.ipynb #8f24f2dc
+# %% ../../nbs/data/03b_table_files.ipynb #b09421ae
 def _from_parquet(content: bytes) -> tuple[pd.DataFrame, dict[str, list[str]]]:
     "Plain rows and the names of ClassLabel columns; raises `_BadRow` for a damaged file."
     import pyarrow
@@ -312,7 +312,7 @@ def _from_parquet(content: bytes) -> tuple[pd.DataFrame, dict[str, list[str]]]:
     columns = {name: pd.Series(values, dtype=object) for name, values in cells.items()}
     return plain_frame(pd.DataFrame(columns)), _class_names(table.schema.metadata or {})
 
-# %% ../../nbs/data/03b_table_files.ipynb #92d7b3fe
+# %% ../../nbs/data/03b_table_files.ipynb #f3bc09f3
 ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 
@@ -339,7 +339,7 @@ def file_content(path: Path) -> bytes:
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise OSError(f"{path}: the compressed file is damaged or cut short ({error})") from None
 
-# %% ../../nbs/data/03b_table_files.ipynb #f9bb9715
+# %% ../../nbs/data/03b_table_files.ipynb #4d4188c0
 def _delimited_table(
     characters: str, where: str, ending: str, text: str, delimiter: str | None
 ) -> RawTable:

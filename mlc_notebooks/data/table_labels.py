@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/data/table_labels.html.md"""
 # %% auto #0
 __all__ = ['labelled_rows']
 
-# %% ../../nbs/data/03f_table_labels.ipynb #8ccaa726
+# %% ../../nbs/data/03f_table_labels.ipynb #10c017cf
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from .labels import LabelSet
 from .open_tables import OpenTable, TableOptions, is_blank, open_table
 from .table_files import decoded
 
-# %% ../../nbs/data/03f_table_labels.ipynb #120f1549
+# %% ../../nbs/data/03f_table_labels.ipynb #2f7a0207
 def _read_cells(table: OpenTable) -> list[list[str] | dict | None]:
     "The cells of the column of labels, each read by itself."
     found = []
@@ -50,7 +50,7 @@ def _hiding(lists: Sequence[list[str]], given: LabelSet | None) -> dict[str, lis
             found[name] = parts
     return found
 
-
+# %% ../../nbs/data/03f_table_labels.ipynb #a39f9b47
 def _doubt_of_hiding(hiding: dict[str, list[str]]) -> str:
     "What the user should check about a name that was read as several labels."
     name, parts = next(iter(hiding.items()))
@@ -76,7 +76,7 @@ def _doubt_of_names(names: set[str]) -> str | None:
         )
     return None
 
-# %% ../../nbs/data/03f_table_labels.ipynb #56b22ada
+# %% ../../nbs/data/03f_table_labels.ipynb #f2aaa349
 def _named_lists(
     table: OpenTable, lists: list[list[str]], given: LabelSet | None
 ) -> list[list[str]]:
@@ -122,7 +122,7 @@ def _rows_of_lists(table: OpenTable, given: LabelSet | None) -> list[dict[str, f
         found.append(None if cell is None else _shares(table, number, cell))
     return found
 
-# %% ../../nbs/data/03f_table_labels.ipynb #4d39ada6
+# %% ../../nbs/data/03f_table_labels.ipynb #401a8060
 def _kind(cells: Sequence) -> str:
     "What a column holds: marks, shares, mostly marks, nothing, or something else."
     filled = [cell for cell in cells if not is_blank(cell)]
@@ -161,7 +161,7 @@ def _label_columns(table: OpenTable) -> list[str]:
             table.doubts.append(f"the column {column!r} is blank in all rows: it is not used")
     return found
 
-# %% ../../nbs/data/03f_table_labels.ipynb #ff49d46f
+# %% ../../nbs/data/03f_table_labels.ipynb #973b7fa4
 def _read_mark(cell, options: TableOptions) -> float:
     "A cell of a column of marks, or of shares; raises `ValueError`."
     if is_blank(cell):
@@ -199,7 +199,7 @@ def _rows_of_columns(table: OpenTable, labels: LabelSet) -> list[dict[str, float
             found.append(_shares_of_cells(cells, table.options))
     return found
 
-# %% ../../nbs/data/03f_table_labels.ipynb #a93da9ca
+# %% ../../nbs/data/03f_table_labels.ipynb #d96b82c1
 def _given_labels(options: TableOptions) -> LabelSet | None:
     "A `LabelSet` from one, from names, or from a file with one name per line; None without."
     labels = options.labels
@@ -249,7 +249,7 @@ def _check_known(table: OpenTable, rows: list[dict | None], labels: LabelSet):
                 f"row {number}: the labels {unknown} are not among those given, {list(labels)}"
             )
 
-# %% ../../nbs/data/03f_table_labels.ipynb #855a3c8d
+# %% ../../nbs/data/03f_table_labels.ipynb #7285ff1b
 def labelled_rows(table: OpenTable) -> tuple[LabelSet, list[dict[str, float] | None]]:
     """The labels, and for each row the share of each label; None for a row without labels.
 
