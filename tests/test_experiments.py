@@ -287,9 +287,17 @@ def test_a_model_that_follows_flipped_demonstrations_scores_on_the_deranged_labe
 @pytest.mark.parametrize(
     "experiment, options, message",
     [
-        (vary_multi_share, dict(shares=(0, 1.2)), "a value of shares is 1.2: give a number of at least 0"),
+        (
+            vary_multi_share,
+            dict(shares=(0, 1.2)),
+            "a value of shares is 1.2: give a number of at least 0",
+        ),
         (vary_multi_share, dict(shares=()), r"shares is \(\): give a list"),
-        (vary_multi_share, dict(shots=0), "a value of shots is 0: give a whole number of at least 1"),
+        (
+            vary_multi_share,
+            dict(shots=0),
+            "a value of shots is 0: give a whole number of at least 1",
+        ),
         (vary_multi_share, dict(multi_share=0.2), "sets multi_share itself"),
         (
             vary_label_order,

@@ -48,12 +48,12 @@ def _finite_log_odds(log_odds: pd.DataFrame, labels: Sequence[str]) -> pd.DataFr
     if len(wrong):
         row, column = wrong[0]
         raise ValueError(
-            f"item {table.index[row]!r}, label {table.columns[column]!r}: "
+            f"item {table.index.tolist()[row]!r}, label {table.columns[column]!r}: "
             f"{table.iat[row, column]} is no log-odds: give finite numbers, as `log_odds` does"
         )
     return table
 
-
+# %% ../../nbs/alignment/00_calibration.ipynb #f0a06e0f
 def _check_map(labels: Sequence[str], name: str, values: np.ndarray):
     "Raise `ValueError` unless there is one finite number for each label."
     values = np.asarray(values, float)
@@ -63,10 +63,7 @@ def _check_map(labels: Sequence[str], name: str, values: np.ndarray):
 
 @dataclass(frozen=True)
 class Platt:
-    """A map from log-odds to calibrated marginals: sigmoid(slope * log-odds + intercept).
-
-    Raises `ValueError` unless slope and intercept have one finite number for each label.
-    """
+    "A map from log-odds to calibrated marginals: sigmoid(slope * log-odds + intercept)."
 
     labels: tuple[str, ...]
     slope: np.ndarray  # (L,)
@@ -92,8 +89,8 @@ class Platt:
         "The map that `save` wrote; raises `ValueError` naming a file that holds none."
         try:
             values = json.loads(Path(path).read_text())
-            labels = tuple(values["labels"])
-            return cls(labels, np.array(values["slope"]), np.array(values["intercept"]))
+            names = tuple(values["labels"])
+            return cls(names, np.array(values["slope"]), np.array(values["intercept"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} holds no Platt map ({error}): fit and save it anew") from None
 

@@ -165,7 +165,7 @@ def _wins(first_wins: np.ndarray, pairs: _Pairs, size: int, soft: bool) -> np.nd
         times[[first, second], [second, first]] += 1
     return wins / np.maximum(times, 1)
 
-
+# %% ../../nbs/alignment/05_pairs.ipynb #50386f9b
 @dataclass
 class PairAnswers:
     "What a model answered when it was asked of pairs of outcomes which one fits better."
@@ -238,7 +238,7 @@ def _check_fit(answers: PairAnswers, task: AnnotatedTexts, both_orders: bool):
     if both_orders and len(answers.in_order()) == len(answers.pairs):
         raise ValueError("the answers are to one order only: ask with both_orders=True")
 
-
+# %% ../../nbs/alignment/05_pairs.ipynb #1c423775
 def _beats_none(strengths: pd.DataFrame, task: AnnotatedTexts, platt: Platt | None) -> pd.DataFrame:
     "Marginals (n, L) from strengths (n, outcomes); the softmax where there is no `none`."
     labels = list(task.labels)

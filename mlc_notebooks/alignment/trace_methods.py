@@ -83,7 +83,7 @@ def _is_written(trace: Trace) -> np.ndarray:
 
 
 def _uniform_where_zero(marginals: np.ndarray) -> np.ndarray:
-    "The marginals (n, L), 1 in the rows where all are 0, so that these can be divided by their sum."
+    "The marginals (n, L), 1 in rows where all are 0, so that these can be divided by their sum."
     nothing = marginals.sum(axis=1, keepdims=True) == 0
     return np.where(nothing, 1.0, marginals)
 
@@ -99,6 +99,7 @@ def _table_of_written(trace: Trace, values: np.ndarray) -> pd.DataFrame:
 @zero_shot_method("trace")
 def written_probability(trace: Trace) -> pd.DataFrame:
     "A label's probability at the step that wrote it, 0 if not written (arXiv 2511.22312)."
+    check_trace(trace)
     return _table_of_written(trace, np.exp(trace.logprobs[:, : len(trace.labels)]))
 
 # %% ../../nbs/alignment/03_trace_methods.ipynb #35f290af

@@ -26,6 +26,7 @@ from .inputs import check_trace as check_trace
 from .inputs import gold_of as gold_of
 from .profiles import first_step_marginals as first_step_marginals
 from .profiles import first_step_quality as first_step_quality
+from .profiles import known_values as known_values
 from .profiles import label_ranking_precision as label_ranking_precision
 from .profiles import macro_auroc as macro_auroc
 from .profiles import sorted_profile as sorted_profile

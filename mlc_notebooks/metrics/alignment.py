@@ -17,7 +17,7 @@ import pandas as pd
 from ..data.checks import check_number, check_whole
 from ..data.texts import AnnotatedTexts, majority_of_shares
 from .inputs import check_marginals, check_same_shape, check_shares
-from .profiles import label_ranking_precision, macro_auroc
+from .profiles import known_values, label_ranking_precision, macro_auroc
 from .sets import example_f1, example_jaccard, macro_f1, micro_f1
 from .statistics import bootstrap, bootstrap_mean
 
@@ -85,6 +85,11 @@ def item_means(items: pd.DataFrame, resamples: int = 200) -> pd.DataFrame:
     return pd.DataFrame({"metric": items.columns, "value": value, "low": low, "high": high, "n": n})
 
 # %% ../../nbs/metrics/04_alignment.ipynb #2c00de68
+def _bin_of(p: np.ndarray, bins: int) -> np.ndarray:
+    "The bin of each p (pairs,), counted from 0; 1 belongs to the last one."
+    return np.minimum((p * bins).astype(int), bins - 1)
+
+
 def calibration_error(p: np.ndarray, q: np.ndarray, bins: int = 10) -> float:
     """The expected calibration error over all item-label pairs; p, q: (n, L).
 
@@ -93,7 +98,7 @@ def calibration_error(p: np.ndarray, q: np.ndarray, bins: int = 10) -> float:
     """
     p, q = _two_shares(p, q)
     check_whole("bins", bins, least=1)
-    place = np.minimum((p.ravel() * bins).astype(int), bins - 1)
+    place = _bin_of(p.ravel(), bins)
     sum_of_p = np.bincount(place, p.ravel(), bins)
     sum_of_q = np.bincount(place, q.ravel(), bins)
     return float(np.abs(sum_of_p - sum_of_q).sum() / p.size)
@@ -168,8 +173,8 @@ def _pooled_rows(p, q, multi: bool, threshold: float, resamples: int) -> list[tu
 
 def _ranking_row(p, q, multi: bool, threshold: float, resamples: int) -> tuple:
     "The row of `metric_table` for LRAP, over the items with gold labels."
-    precision = label_ranking_precision(p, majority_of_shares(q, multi, threshold))
-    precision = precision[~np.isnan(precision)]
+    gold = majority_of_shares(q, multi, threshold)
+    precision = known_values(label_ranking_precision(p, gold))
     return "LRAP", *bootstrap_mean(precision, resamples=resamples), len(precision)
 
 

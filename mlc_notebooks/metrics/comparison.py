@@ -141,7 +141,7 @@ def _with_people(tables: list[pd.DataFrame], ceiling: pd.DataFrame) -> pd.DataFr
         tables = [*tables, ceiling]
     return pd.concat(tables, ignore_index=True)[_REPORT_COLUMNS]
 
-
+# %% ../../nbs/metrics/07_comparison.ipynb #499d6b1d
 def align_report(
     marginals: pd.DataFrame | dict[str, pd.DataFrame],  # (n, L) by item id, or several by method
     task: AnnotatedTexts,
@@ -190,7 +190,7 @@ def _difference_rows(name: str, found: pd.DataFrame, base: pd.DataFrame, options
         rows.append((name, metric, *interval, len(found)))
     return rows
 
-
+# %% ../../nbs/metrics/07_comparison.ipynb #9484e9f7
 def compare_methods(
     marginals: dict[str, pd.DataFrame],  # (n, L) by item id, of each method
     task: AnnotatedTexts,

@@ -127,6 +127,11 @@ def check_experiment(
     _check_not_taken(probe_options, fixed)
     check_values("shots", shots, partial(check_whole, least=least_shots))
     check_values("seeds", seeds, partial(check_whole, least=0))
+    _check_texts(task, shots)
+
+
+def _check_texts(task: AnnotatedTexts, shots: Sequence[int]):
+    "Raise `ValueError` for a task without texts, or without any to draw demonstrations from."
     if not len(task):
         raise ValueError(f"{task.name} has no texts to probe: give a task with texts")
     if max(shots) and task.pool is None:

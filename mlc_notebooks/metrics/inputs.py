@@ -78,8 +78,13 @@ def _check_rows(name: str, table: pd.DataFrame):
         )
     if not len(table):
         raise ValueError(f"{name} has no rows: give one for each item")
-    doubled = table.index[table.index.duplicated()]
-    if len(doubled):
+    _check_ids(name, table)
+
+
+def _check_ids(name: str, table: pd.DataFrame):
+    "Raise `ValueError` naming an item that has two rows."
+    doubled = table.index[table.index.duplicated()].tolist()
+    if doubled:
         raise ValueError(f"{name}: item {doubled[0]!r} has two rows: give one for each item")
 
 
@@ -89,7 +94,7 @@ def check_table(name: str, table: pd.DataFrame, labels: LabelSet) -> pd.DataFram
     for label in labels:
         columns = int((table.columns == label).sum())
         if columns != 1:
-            found = "no column" if not columns else f"{columns} columns"
+            found = f"{columns} columns" if columns else "no column"
             raise ValueError(f"{name} has {found} {label!r}: give one for each of {list(labels)}")
     return table[list(labels)]
 
@@ -107,7 +112,7 @@ def check_marginals(
     if len(wrong):
         row, column = wrong[0]
         raise ValueError(
-            f"item {marginals.index[row]!r}, label {marginals.columns[column]!r}: "
+            f"item {marginals.index.tolist()[row]!r}, label {marginals.columns[column]!r}: "
             f"{p[row, column]} is no probability: give numbers from 0 to 1"
         )
     return marginals.astype(float)
@@ -130,6 +135,11 @@ def check_trace(trace: Trace):
     if not len(trace.items):
         raise ValueError("the trace has no texts: there is nothing to count")
     _check_first_steps(trace)
+    _check_probs(trace)
+
+
+def _check_probs(trace: Trace):
+    "Raise `ValueError` naming the first step whose probabilities are NaN."
     broken = np.flatnonzero(np.isnan(trace.probs).any(axis=1))
     if len(broken):
         step = trace.steps.iloc[broken[0]]

@@ -9,7 +9,7 @@ __all__ = ['next_labels', 'next_label_shares', 'first_and_final', 'first_final_a
            'label_order']
 
 # %% ../../nbs/metrics/02_order.ipynb #e7fa6ac2
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -52,7 +52,7 @@ _WHAT_CAME = ["runner_up_next", "runner_up_never", "second_next", "second_never"
 
 
 def _what_came(name: str, outcome: str | None, entries: list[str], step: int) -> dict[str, float]:
-    "Whether an outcome, called `name` in the columns, was written after this step, and whether next."
+    "Whether an outcome, `name` in the columns, was written next after this step, or never."
     is_next, never = _next_and_never(outcome, entries, step)
     return {f"{name}_next": is_next, f"{name}_never": never}
 
@@ -83,6 +83,14 @@ def _rows_of_answer(labels: LabelSet, entries: list[str], probs: np.ndarray) -> 
 _NEXT_COLUMNS = ["example", "step", "last", "second", "next_now", "second_after", "runner_up"]
 
 
+def _answers(trace: Trace) -> Iterator[tuple[str, list[str], np.ndarray]]:
+    "Each answer: its item, what its steps wrote, and their distributions (steps, L+1)."
+    probs = trace.probs
+    steps = trace.steps.reset_index(drop=True)
+    for example, wrote in steps.groupby("example", sort=False)["wrote"]:
+        yield example, list(wrote), probs[wrote.index]
+
+
 def next_labels(trace: Trace) -> pd.DataFrame:
     """One row per step: what became of its runner-up and of its second outcome (Figure 3, Table 4).
 
@@ -92,11 +100,9 @@ def next_labels(trace: Trace) -> pd.DataFrame:
     there is no runner-up. A next entry that is no label counts as another label, without next_now.
     """
     check_trace(trace)
-    probs = trace.probs
-    steps = trace.steps.reset_index(drop=True)
     rows = []
-    for example, wrote in steps.groupby("example", sort=False)["wrote"]:
-        for row in _rows_of_answer(trace.labels, list(wrote), probs[wrote.index]):
+    for example, wrote, probs in _answers(trace):
+        for row in _rows_of_answer(trace.labels, wrote, probs):
             rows.append({"example": example, **row})
 
     numbers = ["next_now", "second_after", *_WHAT_CAME]
@@ -213,6 +219,7 @@ def rank_histogram(trace: Trace, ranks: Sequence[int] = (1, 2, 3, 4)) -> pd.Data
     Columns: rank, written_at ("1", "2", ... or "never"), quantity ("share"), value, low, high, n
     and rows (Figure 11). Ranks beyond the number of labels have no rows.
     """
+    check_trace(trace)
     for rank in ranks:
         check_whole("a rank", rank, least=1)
     tidy = _steps_of_ranks(trace, ranks)

@@ -8,7 +8,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/metrics/phenomenon.html.md""
 __all__ = ['summarise', 'phenomenon_table', 'by_trace']
 
 # %% ../../nbs/metrics/08_phenomenon.ipynb #2f6014d4
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 
@@ -78,13 +78,15 @@ def summarise(trace: Trace, steps: int = 2) -> pd.DataFrame:
 _VALUES = ("quantity", "value", "low", "high", "n", "rows", "excluded")
 
 
+def _in_words(keys: Sequence[str], values: Sequence) -> str:
+    "Columns and their values in one row, as text: 'step 1, position last'."
+    return ", ".join(f"{key} {value}" for key, value in zip(keys, values))
+
+
 def _where(table: pd.DataFrame) -> list[str]:
-    "For each row the columns that are no values, as text: 'step 1, position last'."
+    "For each row the columns that are no values, in words."
     keys = [column for column in table.columns if column not in _VALUES]
-    texts = []
-    for row in table[keys].astype(object).to_numpy():
-        texts.append(", ".join(f"{key} {value}" for key, value in zip(keys, row)))
-    return texts
+    return [_in_words(keys, row) for row in table[keys].astype(object).to_numpy()]
 
 
 def _statistics(trace: Trace, task: AnnotatedTexts | None) -> dict[str, pd.DataFrame]:
@@ -102,7 +104,7 @@ def _statistics(trace: Trace, task: AnnotatedTexts | None) -> dict[str, pd.DataF
         parts["first step quality"] = first_step_quality(trace, task)
     return parts
 
-
+# %% ../../nbs/metrics/08_phenomenon.ipynb #0f6c468c
 def phenomenon_table(trace: Trace, task: AnnotatedTexts | None = None) -> pd.DataFrame:
     """Every statistic of a trace in one table; those that need gold labels only with the task.
 
@@ -119,7 +121,8 @@ def phenomenon_table(trace: Trace, task: AnnotatedTexts | None = None) -> pd.Dat
 def _check_traces(traces: dict[str, Trace], tasks: dict[str, AnnotatedTexts] | None):
     "Raise `ValueError` for no traces, and naming a trace that has no task where others have."
     if not isinstance(traces, dict) or not traces:
-        raise ValueError(f"traces is {traces!r}: give a dict of at least one trace by name")
+        found = "an empty dict" if isinstance(traces, dict) else type(traces).__name__
+        raise ValueError(f"traces is {found}: give a dict of at least one trace by name")
     if tasks:
         for name in traces:
             check_choice("a trace with a task", name, tasks)

@@ -6,7 +6,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/metrics/profiles.html.md"""
 
 # %% auto #0
 __all__ = ['step_profile', 'spikiness', 'sorted_profile', 'first_step_marginals', 'label_ranking_precision', 'macro_auroc',
-           'first_step_quality']
+           'known_values', 'first_step_quality']
 
 # %% ../../nbs/metrics/01_profiles.ipynb #a2686404
 import numpy as np
@@ -157,7 +157,7 @@ def label_ranking_precision(marginals: np.ndarray, relevant: np.ndarray) -> np.n
 
 # %% ../../nbs/metrics/01_profiles.ipynb #d3c7d00d
 def _pairs_won(gold: np.ndarray, marginals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of pairs of an item with a label and one without: how many rank right, and how many there are.
+    """Of pairs of an item with a label and one without: how many rank right, and how many are.
 
     Both (L,), a tie counts one half.
     """
@@ -172,7 +172,7 @@ def _pairs_won(gold: np.ndarray, marginals: np.ndarray) -> tuple[np.ndarray, np.
 def macro_auroc(gold: np.ndarray, marginals: np.ndarray) -> float:
     """The mean AUROC over the labels that some items have and some lack; NaN without such labels.
 
-    gold: 0/1 (n, L); marginals (n, L), without NaN. Raises `ValueError` for other values and shapes.
+    gold: 0/1 (n, L); marginals (n, L), not NaN. Raises `ValueError` for other values and shapes.
     """
     gold = check_sets("gold", gold)
     marginals = check_scores("marginals", marginals)
@@ -191,6 +191,11 @@ def _auroc_row(gold: np.ndarray, first: np.ndarray, resamples: int) -> tuple:
     return "AUROC", *interval, n
 
 
+def known_values(values: np.ndarray) -> np.ndarray:
+    "The values that are not NaN, such as the precisions of the items with gold labels."
+    return values[~np.isnan(values)]
+
+
 def _in_one_class(gold: np.ndarray) -> int:
     "How many labels all items have, or all lack; gold 0/1 (n, L)."
     return int((gold.min(axis=0) == gold.max(axis=0)).sum())
@@ -206,9 +211,7 @@ def first_step_quality(trace: Trace, task: AnnotatedTexts, resamples: int = 200)
     first = first_step_marginals(trace)
     gold = gold_of(trace, task).to_numpy()
     entropy = step_profile(trace).query("step == 1")["entropy"]
-    ranking = label_ranking_precision(first, gold)
-    ranking = ranking[~np.isnan(ranking)]
-
+    ranking = known_values(label_ranking_precision(first, gold))
     table = bootstrap_means({"entropy": entropy, "label-ranking average precision": ranking})
     auroc = pd.DataFrame([_auroc_row(gold, first, resamples)], columns=table.columns)
     table = pd.concat([table, auroc], ignore_index=True)

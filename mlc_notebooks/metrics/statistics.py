@@ -108,8 +108,8 @@ def _check_values(name: str, values: pd.Series):
     "Raise `ValueError` unless this is a Series with one value for each item."
     if not isinstance(values, pd.Series):
         raise ValueError(f"{name} is a {type(values).__name__}: give a Series indexed by item id")
-    doubled = values.index[values.index.duplicated()]
-    if len(doubled):
+    doubled = values.index[values.index.duplicated()].tolist()
+    if doubled:
         raise ValueError(f"{name} has two values of item {doubled[0]!r}: give one for each item")
 
 
@@ -176,6 +176,12 @@ def _groups(frame: pd.DataFrame, by: Sequence[str]) -> Iterable[tuple[tuple, pd.
     return frame.groupby(list(by), observed=True)
 
 
+def _mean_row(per_item: np.ndarray, options: dict) -> tuple:
+    "Value, low, high, n and rows of `mean_table`, from `_sums_and_counts`."
+    rows = int(per_item[:, 1].sum())
+    return *_ratio_of_sums(per_item, options), len(per_item), rows
+
+
 def mean_table(
     frame: pd.DataFrame,  # several rows per item
     values: Sequence[str],  # columns to average; where one is NaN the row does not count for it
@@ -196,6 +202,5 @@ def mean_table(
     for key, part in _groups(frame, by):
         for name in values:
             per_item = _sums_and_counts(part, name, item)
-            interval = _ratio_of_sums(per_item, options)
-            table.append((*key, name, *interval, len(per_item), int(per_item[:, 1].sum())))
+            table.append((*key, name, *_mean_row(per_item, options)))
     return pd.DataFrame(table, columns=[*by, "quantity", "value", "low", "high", "n", "rows"])
