@@ -185,8 +185,13 @@ INTERVALS = {
     "table: no item column": (lambda: mean_table(ROWS, ["x"], item="id"), "item is 'id'"),
     "table: a row of nobody": (
         lambda: mean_table(ROWS.assign(example=["a", None, "b"]), ["x"]),
-        "row 1 has no item in the column 'example'",
+        "row 1 is empty in the column 'example'",
     ),
+    "table: a row of no group": (
+        lambda: mean_table(ROWS.assign(step=[1, 2, NAN]), ["x"], by=["step"]),
+        "row 2 is empty in the column 'step'",
+    ),
+    "table: inf": (lambda: mean_table(ROWS.assign(x=[1, INF, 2]), ["x"]), "'x' holds an infinite"),
     "table: resamples": (lambda: mean_table(ROWS, ["x"], resamples=-1), "resamples is -1"),
 }
 TRACES = {
@@ -529,6 +534,10 @@ WITH_A_MODEL = {
         "each seed",
     ),
     "average: method": (lambda lm, task: average_prompts(lm, task, "hrad"), "did you mean 'hard'"),
+    "average: a trace": (
+        lambda lm, task: average_prompts(lm, task, trace=TRACE),
+        "a trace is of one prompt: leave trace out",
+    ),
     "average: shots": (lambda lm, task: average_prompts(lm, task, shots=-1), "shots is -1"),
     "content-free: a string": (
         lambda lm, task: content_free_prior(lm, task, 0, texts="N/A"),
@@ -604,6 +613,9 @@ def test_what_does_not_converge_raises():
         ArithmeticError, match="no convergence for 1 of 2 items, the first at pos.* 1"
     ):
         bradley_terry(np.concatenate([np.ones((1, 2, 2)), always]), ridge=1e-6, most_rounds=2)
+    with np.errstate(over="ignore", invalid="ignore"):
+        with pytest.raises(ArithmeticError, match="wins of up to 1e\\+200 are too large"):
+            bradley_terry(1e200 * WINS / 0.7)
 
 
 # What is right
@@ -653,6 +665,7 @@ def test_certain_answers_and_empty_values():
     certain = pd.DataFrame([[0.0, 1.0, 1.0]], ["t0"], list(LABELS))
     assert np.isfinite(log_odds(certain)).all(axis=None)
     assert log_odds(certain, eps=0.1).iloc[0, 0] == pytest.approx(np.log(0.1 / 0.9))
+    np.testing.assert_allclose(log_odds(certain.astype(int)), log_odds(certain))
     wrong = item_metrics(np.ones((1, 1)), np.zeros((1, 1)), eps=1e-3)
     assert wrong["NLL"][0] == pytest.approx(-np.log(1e-3))
     assert np.isnan(bootstrap_mean([])).all() and np.isnan(bootstrap_median([])).all()
@@ -662,7 +675,7 @@ def test_certain_answers_and_empty_values():
 
 
 def test_macro_f1_says_what_it_does_with_labels_that_nobody_has():
-    "As scikit-learn (zero_division=0): perfect answers have 2/3 where one of three labels is absent."
+    "As scikit-learn (zero_division=0): perfect answers have 2/3 where one of 3 labels is absent."
     gold = TASK.majority().to_numpy().copy()
     gold[:, 2] = 0
     task = replace(TASK, annotations=[row[None] for row in gold])

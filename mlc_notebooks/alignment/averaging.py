@@ -86,6 +86,8 @@ def average_prompts(
     is unknown or does not fit the task.
     """
     _check_seeds(seeds)
+    if options.get("trace") is not None:
+        raise ValueError("a trace is of one prompt: leave trace out, each prompt is probed here")
     names = check_methods([method], task)
     tables = []
     for seed in seeds:

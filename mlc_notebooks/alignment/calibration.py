@@ -34,10 +34,8 @@ def log_odds(marginals: pd.DataFrame, eps: float = 1e-6) -> pd.DataFrame:
     Raises `ValueError` naming a value outside [0, 1], and for an eps outside (0, .5).
     """
     check_number("eps", eps, above=0, below=0.5)
-    if isinstance(marginals, pd.DataFrame):
-        check_marginals(marginals, list(marginals.columns))
-    else:
-        check_table("marginals", marginals, ())
+    check_table("the table of marginals", marginals, ())
+    marginals = check_marginals(marginals, list(marginals.columns))
     return logit(marginals.clip(eps, 1 - eps))
 
 # %% ../../nbs/alignment/00_calibration.ipynb #7c7ee2d7

@@ -82,7 +82,12 @@ def _newton_step(strengths: np.ndarray, wins: np.ndarray, ridge: float) -> np.nd
     "The strengths (n, K) after one step of Newton's method."
     gradient = _gradient(strengths, wins, ridge)
     second = _second_derivatives(strengths, wins, ridge)
-    step = np.linalg.solve(second, gradient[..., None])[..., 0]
+    try:
+        step = np.linalg.solve(second, gradient[..., None])[..., 0]
+    except np.linalg.LinAlgError:
+        raise ArithmeticError(
+            f"wins of up to {wins.max():g} are too large to be solved for: divide all of them"
+        ) from None
     return _shortened(strengths, step, wins, ridge)
 
 # %% ../../nbs/alignment/05_pairs.ipynb #f61823da

@@ -143,19 +143,24 @@ def _check_columns(frame: pd.DataFrame, name: str, columns: Sequence[str]):
         check_choice(f"a column of {name}", column, frame.columns)
 
 
-def _check_items(frame: pd.DataFrame, item: str):
-    "Raise `ValueError` naming the first row that belongs to no item."
-    check_choice("item", item, frame.columns)
-    nameless = np.flatnonzero(frame[item].isna())
-    if len(nameless):
-        raise ValueError(f"row {nameless[0]} has no item in the column {item!r}: name its item")
+def _check_keys(frame: pd.DataFrame, columns: Sequence[str]):
+    "Raise `ValueError` naming the first row that belongs to no item or to no group."
+    for column in columns:
+        empty = np.flatnonzero(frame[column].isna())
+        if len(empty):
+            raise ValueError(
+                f"row {empty[0]} is empty in the column {column!r}: say which {column} it is of"
+            )
 
 
 def _sums_and_counts(part: pd.DataFrame, name: str, item: str) -> np.ndarray:
     "The sum and the number of each item's values (items, 2); a NaN is no value."
     measured = part.loc[part[name].notna(), [item, name]]
     of_item = measured[name].astype(float).groupby(measured[item], sort=False)
-    return of_item.agg(["sum", "count"]).to_numpy()
+    sums_and_counts = of_item.agg(["sum", "count"]).to_numpy()
+    if np.isinf(sums_and_counts).any():
+        raise ValueError(f"the column {name!r} holds an infinite value: leave its row out")
+    return sums_and_counts
 
 
 def _ratio_of_sums(per_item: np.ndarray, options: dict) -> tuple[float, float, float]:
@@ -192,11 +197,12 @@ def mean_table(
     """Means over rows with intervals over items: one row per group and column.
 
     Columns: those of `by`, quantity, value, low, high, n (items) and rows. Raises `ValueError`
-    naming a column that is not there, or a row without an item.
+    naming a column that is not there, a row without an item or a group, and an infinite value.
     """
     _check_columns(frame, "values", values)
     _check_columns(frame, "by", by)
-    _check_items(frame, item)
+    check_choice("item", item, frame.columns)
+    _check_keys(frame, [item, *by])
 
     table = []
     for key, part in _groups(frame, by):
