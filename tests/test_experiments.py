@@ -287,27 +287,35 @@ def test_a_model_that_follows_flipped_demonstrations_scores_on_the_deranged_labe
 @pytest.mark.parametrize(
     "experiment, options, message",
     [
-        (vary_multi_share, dict(shares=(0, 1.2)), "shares holds 1.2: give shares from 0 to 1"),
+        (
+            vary_multi_share,
+            dict(shares=(0, 1.2)),
+            "a value of shares is 1.2: give a number of at least 0",
+        ),
         (vary_multi_share, dict(shares=()), r"shares is \(\): give a list"),
-        (vary_multi_share, dict(shots=0), "shots holds 0: give whole numbers, 1 or more"),
+        (
+            vary_multi_share,
+            dict(shots=0),
+            "a value of shots is 0: give a whole number of at least 1",
+        ),
         (vary_multi_share, dict(multi_share=0.2), "sets multi_share itself"),
         (
             vary_label_order,
             dict(orders=("alphabetical", "sorted")),
-            "orders holds 'sorted': choose from .*'reverse'",
+            "a value of orders is 'sorted': choose one of .*reverse",
         ),
         (vary_label_order, dict(orders="random"), "orders is 'random': give a list"),
         (vary_label_order, dict(demonstrations=[]), "sets demonstrations itself"),
-        (vary_shots, dict(shots=(0, -1)), "shots holds -1"),
-        (vary_shots, dict(shots=(0, 2.5)), "shots holds 2.5"),
+        (vary_shots, dict(shots=(0, -1)), "a value of shots is -1"),
+        (vary_shots, dict(shots=(0, 2.5)), "a value of shots is 2.5"),
         (vary_shots, dict(shots=(0, 10**6)), "lower shots"),
         (vary_shots, dict(seeds=0), "seeds is 0: give a list"),
         (
             vary_demonstration_labels,
             dict(kinds=("gold", "wrong")),
-            "kinds holds 'wrong': choose from .*'flipped'",
+            "a value of kinds is 'wrong': choose one of .*flipped",
         ),
-        (vary_demonstration_labels, dict(shots=0), "shots holds 0"),
+        (vary_demonstration_labels, dict(shots=0), "a value of shots is 0"),
         (vary_demonstration_labels, dict(seed=3), "sets seed itself"),
     ],
 )

@@ -174,7 +174,7 @@ def test_bradley_terry_without_ridge_against_choix():
 def test_bradley_terry_says_what_is_wrong():
     with pytest.raises(ArithmeticError, match="position 1: some outcomes always win"):
         bradley_terry(np.array([[[0, 0.5], [0.5, 0]], [[0, 1.0], [0, 0]]]), ridge=0)
-    with pytest.raises(ValueError, match="item 0 has a win"):
+    with pytest.raises(ValueError, match="item 0 has a win of nan, of outcome 0 over 1"):
         bradley_terry(np.array([[[0, np.nan], [0.5, 0]]]))
 
 

@@ -15,35 +15,60 @@ import numpy as np
 import pandas as pd
 
 from .registry import check_methods, run_methods, zero_shot_method
+from ..data.checks import check_whole
 from ..data.texts import AnnotatedTexts, reorder_labels
 from ..engine.runs import run_folder
+from ..metrics.inputs import check_table
 from ..models.lm import LM
 
 # %% ../../nbs/alignment/08_averaging.ipynb #fcbbfc19
 def draw_prompt(task: AnnotatedTexts, seed: int) -> AnnotatedTexts:
     "The task with its labels in a random order; seed 0 leaves them as they are."
+    check_whole("seed", seed, least=0)
     if seed == 0:
         return task
     order = np.random.default_rng(seed).permutation(list(task.labels))
     return reorder_labels(task, order.tolist())
 
 # %% ../../nbs/alignment/08_averaging.ipynb #91379fb3
+def _aligned(tables: Sequence[pd.DataFrame]) -> np.ndarray:
+    "The values of all tables (tables, n, L), rows and columns as in the first one."
+    first = tables[0]
+    values = []
+    for position, table in enumerate(tables):
+        table = check_table(f"table {position}", table, first.columns)
+        if set(table.index) != set(first.index):
+            raise ValueError(f"table {position} has other items than the first: give the same ones")
+        values.append(table.loc[first.index].to_numpy())
+    return np.stack(values)
+
+
 def mean_marginals(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Mean of marginals (n, L) of the same items, rows and columns as in the first table.
 
-    `.attrs["variance"]` is the mean variance over the tables, 0 for one table.
+    `.attrs["variance"]` is the mean variance over the tables, 0 for one table. Raises `ValueError`
+    for no tables, and for tables of other items or labels than the first.
     """
-    index = tables[0].index
-    columns = tables[0].columns
-    values = np.stack([table.loc[index, columns].to_numpy() for table in tables])
-
-    mean = pd.DataFrame(values.mean(axis=0), index, columns)
+    if not len(tables):
+        raise ValueError("there are no tables to average: give at least one")
+    values = _aligned(tables)
+    mean = pd.DataFrame(values.mean(axis=0), tables[0].index, tables[0].columns)
     mean.attrs["variance"] = 0.0
     if len(tables) > 1:
         mean.attrs["variance"] = float(values.var(axis=0, ddof=1).mean())
     return mean
 
 # %% ../../nbs/alignment/08_averaging.ipynb #2c77522f
+def _check_seeds(seeds: Sequence[int]):
+    "Raise `ValueError` unless these are different whole numbers from 0 on, at least one."
+    if not hasattr(seeds, "__len__") or not len(seeds):
+        raise ValueError(f"seeds is {seeds!r}: there is no seed to average over: give at least one")
+    for seed in seeds:
+        check_whole("a seed", seed, least=0)
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds is {seeds!r}: a prompt would count twice: give each seed once")
+
+
 def average_prompts(
     lm: LM,
     task: AnnotatedTexts,
@@ -57,25 +82,20 @@ def average_prompts(
 ) -> pd.DataFrame:
     """Mean marginals (n, L) of a method over prompts, with `.attrs["variance"]`.
 
-    Raises `ValueError` for no seeds, and for a method that is unknown or does not fit the task.
+    Raises `ValueError` for no seeds, for one that is there twice or negative, and for a method that
+    is unknown or does not fit the task.
     """
-    if not len(seeds):
-        raise ValueError("there is no seed to average over: give at least one")
-    (method,) = check_methods([method], task)
-
+    _check_seeds(seeds)
+    if options.get("trace") is not None:
+        raise ValueError("a trace is of one prompt: leave trace out, each prompt is probed here")
+    names = check_methods([method], task)
     tables = []
     for seed in seeds:
         prompt = draw_prompt(task, seed) if label_orders else task
-        found = run_methods(
-            lm,
-            prompt,
-            [method],
-            shots,
-            seed if demonstrations else seeds[0],
-            folder=run_folder(folder, f"prompt {seed}"),
-            **options,
-        )
-        tables.append(found[method])
+        shown = seed if demonstrations else seeds[0]
+        kept = run_folder(folder, f"prompt {seed}")
+        found = run_methods(lm, prompt, names, shots, shown, folder=kept, **options)
+        tables += found.values()
     return mean_marginals(tables)[list(task.labels)]
 
 # %% ../../nbs/alignment/08_averaging.ipynb #515e190f

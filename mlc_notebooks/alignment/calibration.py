@@ -9,6 +9,7 @@ __all__ = ['log_odds', 'Platt', 'fit_platt', 'fit_temperature', 'step_prior', 'd
 
 # %% ../../nbs/alignment/00_calibration.ipynb #fddd2b05
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,16 +18,45 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit, logit
 
+from ..data.checks import check_number, check_whole
 from ..data.demonstrations import demonstrations_for
+from ..data.files import write_whole
 from ..data.texts import AnnotatedTexts, unannotated
+from ..metrics.inputs import check_marginals, check_table, check_trace
 from ..models.lm import LM
 from ..probing.steps import probe_steps
 from ..probing.trace import Trace
 
 # %% ../../nbs/alignment/00_calibration.ipynb #07df0623
 def log_odds(marginals: pd.DataFrame, eps: float = 1e-6) -> pd.DataFrame:
-    "log p / (1 - p) of a table of marginals, p clipped to [eps, 1 - eps]: what `Platt` maps."
+    """log p / (1 - p) of a table of marginals, p clipped to [eps, 1 - eps]: what `Platt` maps.
+
+    Raises `ValueError` naming a value outside [0, 1], and for an eps outside (0, .5).
+    """
+    check_number("eps", eps, above=0, below=0.5)
+    check_table("the table of marginals", marginals, ())
+    marginals = check_marginals(marginals, list(marginals.columns))
     return logit(marginals.clip(eps, 1 - eps))
+
+# %% ../../nbs/alignment/00_calibration.ipynb #7c7ee2d7
+def _finite_log_odds(log_odds: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
+    "The log-odds (n, L) in the order of the labels; raises `ValueError` naming one that is none."
+    table = check_table("the table of log-odds", log_odds, labels).astype(float)
+    wrong = np.argwhere(~np.isfinite(table.to_numpy()))
+    if len(wrong):
+        row, column = wrong[0]
+        raise ValueError(
+            f"item {table.index.tolist()[row]!r}, label {table.columns[column]!r}: "
+            f"{table.iat[row, column]} is no log-odds: give finite numbers, as `log_odds` does"
+        )
+    return table
+
+# %% ../../nbs/alignment/00_calibration.ipynb #f0a06e0f
+def _check_map(labels: Sequence[str], name: str, values: np.ndarray):
+    "Raise `ValueError` unless there is one finite number for each label."
+    values = np.asarray(values, float)
+    if values.shape != (len(labels),) or not np.isfinite(values).all():
+        raise ValueError(f"{name} is {values}: give one finite number for each of {list(labels)}")
 
 
 @dataclass(frozen=True)
@@ -37,25 +67,30 @@ class Platt:
     slope: np.ndarray  # (L,)
     intercept: np.ndarray  # (L,)
 
+    def __post_init__(self):
+        _check_map(self.labels, "slope", self.slope)
+        _check_map(self.labels, "intercept", self.intercept)
+
     def __call__(self, log_odds: pd.DataFrame) -> pd.DataFrame:
         "Calibrated marginals (n, L) of log-odds (n, L)."
-        return expit(log_odds[list(self.labels)] * self.slope + self.intercept)
+        return expit(_finite_log_odds(log_odds, self.labels) * self.slope + self.intercept)
 
     def save(self, path: str | Path):
         "Nothing; the map is written as json."
-        values = {
-            "labels": self.labels,
-            "slope": list(self.slope),
-            "intercept": list(self.intercept),
-        }
-        Path(path).write_text(json.dumps(values, indent=1))
+        values = {"labels": self.labels}
+        values["slope"] = list(self.slope)
+        values["intercept"] = list(self.intercept)
+        write_whole(path, json.dumps(values, indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> "Platt":
-        "The map that `save` wrote."
-        values = json.loads(Path(path).read_text())
-        labels = tuple(values["labels"])
-        return cls(labels, np.array(values["slope"]), np.array(values["intercept"]))
+        "The map that `save` wrote; raises `ValueError` naming a file that holds none."
+        try:
+            values = json.loads(Path(path).read_text())
+            names = tuple(values["labels"])
+            return cls(names, np.array(values["slope"]), np.array(values["intercept"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} holds no Platt map ({error}): fit and save it anew") from None
 
 # %% ../../nbs/alignment/00_calibration.ipynb #9f34d027
 def _shares(marginals: pd.DataFrame, task: AnnotatedTexts) -> np.ndarray:
@@ -75,29 +110,63 @@ def _shares(marginals: pd.DataFrame, task: AnnotatedTexts) -> np.ndarray:
     return q.to_numpy(float)
 
 
+def _is_one_class(q: np.ndarray) -> bool:
+    "Whether everybody or nobody chose, in all items."
+    return not 0 < q.sum() < q.size
+
+
 def _constant_fit(q: np.ndarray) -> float:
     "The intercept where everybody or nobody chose a label."
     margin = 1 / (len(q) + 2)
     return float(logit(np.clip(q.mean(), margin, 1 - margin)))
 
+# %% ../../nbs/alignment/00_calibration.ipynb #5bb22c57
+def _yes_and_no(values: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Each item as a yes and as a no: its score (2n, 1), the answer (2n,) and its weight (2n,)."
+    scores = np.tile(values, 2)[:, None]
+    answers = np.repeat([1, 0], len(q))
+    return scores, answers, np.concatenate([q, 1 - q])
 
-def _fit(
+
+def _logistic(
     values: np.ndarray, q: np.ndarray, ridge: float, intercept: bool = True
 ) -> tuple[float, float]:
-    "Slope and intercept of a logistic regression on shares: each item twice, weighted."
+    "Slope and intercept of a logistic regression on shares, the intercept 0 where not wanted."
     from sklearn.linear_model import LogisticRegression
 
-    if not 0 < q.sum() < len(q):  # any slope would do
-        return 0.0, _constant_fit(q) if intercept else 0.0
-
-    weights = np.concatenate([q, 1 - q])
-    targets = np.concatenate([np.ones(len(q), int), np.zeros(len(q), int)])
+    scores, answers, weights = _yes_and_no(values, q)
     model = LogisticRegression(C=1 / ridge, fit_intercept=intercept, tol=1e-8, max_iter=1000)
-    model.fit(np.tile(values, 2)[:, None], targets, weights)
-    slope = float(model.coef_[0, 0])
-    return slope, float(model.intercept_[0]) if intercept else 0.0
+    model.fit(scores, answers, weights)
+    return float(model.coef_[0, 0]), float(model.intercept_[0])
+
+
+def _fit(values: np.ndarray, q: np.ndarray, ridge: float) -> tuple[float, float]:
+    "Slope and intercept of one label; slope 0 where everybody or nobody chose it."
+    if _is_one_class(q):
+        return 0.0, _constant_fit(q)
+    return _logistic(values, q, ridge)
 
 # %% ../../nbs/alignment/00_calibration.ipynb #72894545
+def _to_fit(
+    log_odds: pd.DataFrame, task: AnnotatedTexts, ridge: float
+) -> tuple[np.ndarray, np.ndarray]:
+    "Log-odds and shares (n, L) of the calibration items; raises `ValueError` for what is none."
+    check_number("ridge", ridge, above=0)
+    table = _finite_log_odds(log_odds, task.labels)
+    return table.to_numpy(), _shares(table, task)
+
+
+def _warn_of_constants(names: Sequence[str], q: np.ndarray):
+    "Warn of labels that everybody or nobody chose in the calibration items."
+    constant = [name for name, shares in zip(names, q.T) if _is_one_class(shares)]
+    if constant:
+        warnings.warn(
+            f"everybody or nobody chose {', '.join(constant)} in all {len(q)} calibration items: "
+            "the map gives every text the same probability of it",
+            stacklevel=3,
+        )
+
+
 def fit_platt(
     log_odds: pd.DataFrame,  # (n, L) by item id, of a calibration split
     task: AnnotatedTexts,  # that has these items, with annotations
@@ -106,42 +175,73 @@ def fit_platt(
 ) -> Platt:
     """A `Platt` map fitted to the annotators' shares.
 
-    Raises `ValueError` for items that the task does not have or that nobody annotated.
+    Warns of labels that everybody or nobody chose. Raises `ValueError` for items that the task does
+    not have or that nobody annotated, for a label without a column, and for a ridge of 0 or less.
     """
-    names = list(task.labels)
-    values = log_odds[names].to_numpy(float)
-    q = _shares(log_odds, task)
+    values, q = _to_fit(log_odds, task, ridge)
+    names = tuple(task.labels)
     if per_label:
+        _warn_of_constants(names, q)
         fits = [_fit(values[:, i], q[:, i], ridge) for i in range(len(names))]
     else:
         fits = [_fit(values.ravel(), q.ravel(), ridge)] * len(names)
     slope, intercept = np.array(fits).T
-    return Platt(tuple(names), slope, intercept)
+    return Platt(names, slope, intercept)
 
-
+# %% ../../nbs/alignment/00_calibration.ipynb #0ac72de4
 def fit_temperature(log_odds: pd.DataFrame, task: AnnotatedTexts, ridge: float = 1e-3) -> Platt:
-    "A `Platt` map with one slope for all labels and no intercept, fitted like `fit_platt`."
-    names = list(task.labels)
-    values = log_odds[names].to_numpy(float)
-    q = _shares(log_odds, task)
-    slope, _ = _fit(values.ravel(), q.ravel(), ridge, intercept=False)
-    return Platt(tuple(names), np.full(len(names), slope), np.zeros(len(names)))
+    """A `Platt` map with one slope for all labels and no intercept, fitted like `fit_platt`.
+
+    Raises `ValueError` as `fit_platt` does, and where everybody chose all labels or nobody any.
+    """
+    values, q = _to_fit(log_odds, task, ridge)
+    if _is_one_class(q):
+        raise ValueError(
+            f"everybody or nobody chose each label in all {len(q)} calibration items: there is no "
+            "temperature to fit: give items of both kinds"
+        )
+    slope, _ = _logistic(values.ravel(), q.ravel(), ridge, intercept=False)
+    names = tuple(task.labels)
+    return Platt(names, np.full(len(names), slope), np.zeros(len(names)))
 
 # %% ../../nbs/alignment/00_calibration.ipynb #2ff0f4c0
 def step_prior(trace: Trace) -> np.ndarray:
     "(steps, L + 1) mean distribution over all texts at step 1, 2, ...: the prior of each step."
+    check_trace(trace)
     step = trace.steps["step"].to_numpy()
     probs = trace.probs
     return np.stack([probs[step == number].mean(0) for number in range(1, step.max() + 1)])
 
 
+def _given_prior(prior: np.ndarray, outcomes: Sequence[str]) -> np.ndarray:
+    "The prior as floats; raises `ValueError` unless it has a number above 0 for each outcome."
+    prior = np.asarray(prior, float)
+    size = len(outcomes)
+    if prior.ndim != 2 or prior.shape[1] != size or not len(prior):
+        raise ValueError(
+            f"prior has the shape {prior.shape}: give (steps, {size}), a column for each outcome"
+        )
+    wrong = np.argwhere(~((prior > 0) & np.isfinite(prior)))
+    if len(wrong):
+        row, column = wrong[0]
+        raise ValueError(
+            f"prior holds {prior[row, column]} at step {row + 1}, outcome {outcomes[column]!r}: "
+            "give numbers above 0"
+        )
+    return prior
+
+# %% ../../nbs/alignment/00_calibration.ipynb #02c80cea
 def divide_prior(trace: Trace, prior: np.ndarray | None = None) -> Trace:
     """The trace with p' proportional to p / prior at each step.
 
     prior: (steps, L + 1), the last row serves all later steps; None: the trace's own `step_prior`
-    (batch calibration). Log-probabilities are renormalised over the outcomes.
+    (batch calibration). Log-probabilities are renormalised over the outcomes. What is 0 in all
+    texts stays 0. Raises `ValueError` for a prior of another shape, and naming a value that is not
+    above 0.
     """
-    prior = step_prior(trace) if prior is None else np.asarray(prior, float)
+    if prior is None:
+        prior = np.maximum(step_prior(trace), np.finfo(float).tiny)
+    prior = _given_prior(prior, trace.labels.outcomes)
     rows = np.minimum(trace.steps["step"].to_numpy() - 1, len(prior) - 1)
     divided = np.log(trace.probs) - np.log(prior[rows])
     total = np.logaddexp.reduce(divided, axis=1, keepdims=True)
@@ -158,6 +258,10 @@ def content_free_prior(
     **probing,  # of `probe_steps`
 ) -> np.ndarray:
     "(1, L + 1) prior of step 1 over texts without content, after the task's own demonstrations."
+    check_whole("shots", shots, least=0)
+    check_whole("seed", seed, least=0)
+    if isinstance(texts, str) or not len(texts):
+        raise ValueError(f"texts is {texts!r}: give a list of at least one text")
     shown = demonstrations_for(task, shots, seed, multi_share)
     empty = unannotated(texts, task.labels, name="content-free", label_noun=task.label_noun)
     how = {"demonstrations": shown, "decoding": "guided", "progress": False}

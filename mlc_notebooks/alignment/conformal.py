@@ -13,11 +13,31 @@ import math
 import numpy as np
 import pandas as pd
 
+from ..data.checks import check_number
 from ..data.texts import AnnotatedTexts, majority_of_shares
 from ..metrics.alignment import marginals_and_shares
+from ..metrics.inputs import check_marginals, check_sets
 from ..metrics.statistics import bootstrap_means
 
 # %% ../../nbs/alignment/01_conformal.ipynb #c1050672
+def _nonconformity(p: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    "1 less the smallest p of a gold label (n,), 0 without any; p and gold (n, L)."
+    return 1 - np.where(gold, p, 1).min(axis=1)
+
+
+def _limit(nonconformity: np.ndarray, coverage: float) -> float:
+    "The nonconformity that new items keep below with probability `coverage`."
+    n = len(nonconformity)
+    rank = math.ceil((n + 1) * coverage)
+    if rank > n:
+        needed = math.ceil(round(coverage / (1 - coverage), 6))  # 9 and not 10 for .9
+        raise ValueError(
+            f"{n} calibration items are too few for {100 * coverage:g}% coverage: "
+            f"give at least {needed}"
+        )
+    return np.sort(nonconformity)[rank - 1]
+
+# %% ../../nbs/alignment/01_conformal.ipynb #16f307f3
 def conformal_sets(
     calibration: pd.DataFrame,  # marginals (m, L) of the calibration items
     calibration_task: AnnotatedTexts,  # with their annotations
@@ -28,20 +48,16 @@ def conformal_sets(
     """Label sets as 0/1 (n, L) that hold the whole gold set with probability `coverage`.
 
     This is true for items that are exchangeable with the calibration items. Raises `ValueError`
-    where these are too few for the coverage.
+    where these are too few for the coverage, for a coverage or threshold outside (0, 1), and as
+    `marginals_and_shares` does.
     """
+    check_number("coverage", coverage, above=0, below=1)
+    check_number("threshold", threshold, above=0, below=1)
+    labels = calibration_task.labels
+    marginals = check_marginals(marginals, labels)
     p, q = marginals_and_shares(calibration, calibration_task)
-    gold = majority_of_shares(q, calibration_task.labels.is_multi, threshold)
-    nonconformity = 1 - np.where(gold, p, 1).min(axis=1)
-
-    rank = math.ceil((len(p) + 1) * coverage)
-    if rank > len(p):
-        needed = math.ceil(round(coverage / (1 - coverage), 6))  # 9 and not 10 for .9
-        raise ValueError(
-            f"{len(p)} calibration items are too few for {coverage:.0%} coverage: "
-            f"give at least {needed}"
-        )
-    limit = np.sort(nonconformity)[rank - 1]
+    gold = majority_of_shares(q, labels.is_multi, threshold)
+    limit = _limit(_nonconformity(p, gold), coverage)
     return (1 - marginals <= limit).astype(np.uint8)
 
 # %% ../../nbs/alignment/01_conformal.ipynb #d701c30e
@@ -49,9 +65,11 @@ def set_metrics(sets: pd.DataFrame, task: AnnotatedTexts, threshold: float = 0.5
     """How often the sets hold the whole gold set, and how many labels they have.
 
     Two rows, coverage and size, with the columns quantity, value, low, high (95 % intervals over
-    items) and n. sets: 0/1 (n, L), indexed by item id.
+    items) and n. sets: 0/1 (n, L), indexed by item id; raises `ValueError` for other values.
     """
+    check_number("threshold", threshold, above=0, below=1)
     chosen, q = marginals_and_shares(sets, task)
+    chosen = check_sets("sets", chosen)
     gold = majority_of_shares(q, task.labels.is_multi, threshold)
     covered = (chosen >= gold).all(axis=1)
     return bootstrap_means({"coverage": covered, "size": chosen.sum(axis=1)})

@@ -8,6 +8,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/pairs.html.md"""
 __all__ = ['bradley_terry', 'PairAnswers', 'ask_pairs', 'binary_breakdown', 'binary_breakdown_both_orders']
 
 # %% ../../nbs/alignment/05_pairs.ipynb #59924d37
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -20,6 +21,7 @@ from scipy.special import expit, log_expit, softmax
 from .calibration import Platt
 from .questions import Answered, ask_questions, two_way, with_cost
 from .registry import zero_shot_method
+from ..data.checks import check_number, check_whole
 from ..data.demonstrations import binary_demonstrations_for
 from ..data.prompts import binary_prompts, check_texts
 from ..data.texts import AnnotatedTexts
@@ -38,28 +40,31 @@ def _loss(strengths: np.ndarray, wins: np.ndarray, ridge: float) -> np.ndarray:
     return cross_entropy + penalty
 
 
-def _derivatives(
-    strengths: np.ndarray, wins: np.ndarray, ridge: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Gradient (n, K) and second derivatives (n, K, K) of the loss.
+def _gradient(strengths: np.ndarray, wins: np.ndarray, ridge: float) -> np.ndarray:
+    "(n, K) of the loss."
+    p_win = expit(_differences(strengths))
+    surprise = wins * (1 - p_win)  # what each win says beyond the strengths
+    return surprise.sum(1) - surprise.sum(2) + ridge * strengths
+
+
+def _second_derivatives(strengths: np.ndarray, wins: np.ndarray, ridge: float) -> np.ndarray:
+    """(n, K, K) of the loss.
 
     The loss without ridge does not change when all strengths are shifted by the same amount. A
     constant is added in that direction, which makes the matrix invertible and moves nothing.
     """
     size = wins.shape[1]
     p_win = expit(_differences(strengths))
-
-    surprise = wins * (1 - p_win)  # what each win says beyond the strengths
-    gradient = surprise.sum(1) - surprise.sum(2) + ridge * strengths
-
     games = wins + wins.transpose(0, 2, 1)
     weight = games * p_win * (1 - p_win)
     second = -weight + 1 / size
     second[:, range(size), range(size)] += weight.sum(2) + ridge
-    return gradient, second
+    return second
 
 # %% ../../nbs/alignment/05_pairs.ipynb #8fc012ba
-def _newton_step(strengths, step, wins, ridge) -> np.ndarray:
+def _shortened(
+    strengths: np.ndarray, step: np.ndarray, wins: np.ndarray, ridge: float
+) -> np.ndarray:
     "The strengths after a step, which is halved for each item whose loss it would raise."
     before = _loss(strengths, wins, ridge)
     allowed = before + 1e-12 * (1 + np.abs(before))  # rounding errors are no rise
@@ -73,14 +78,36 @@ def _newton_step(strengths, step, wins, ridge) -> np.ndarray:
     return proposed
 
 
-def _check_wins(wins: np.ndarray, ridge: float):
-    "Raise an error for wins that have no meaning, or no finite strengths."
-    valid = wins >= 0  # False for NaN too
-    if not valid.all():
-        position = int(np.argwhere(~valid)[0][0])
-        raise ValueError(f"item {position} has a win that is negative or missing")
-    if ridge > 0:
-        return
+def _newton_step(strengths: np.ndarray, wins: np.ndarray, ridge: float) -> np.ndarray:
+    "The strengths (n, K) after one step of Newton's method."
+    gradient = _gradient(strengths, wins, ridge)
+    second = _second_derivatives(strengths, wins, ridge)
+    try:
+        step = np.linalg.solve(second, gradient[..., None])[..., 0]
+    except np.linalg.LinAlgError:
+        raise ArithmeticError(
+            f"wins of up to {wins.max():g} are too large to be solved for: divide all of them"
+        ) from None
+    return _shortened(strengths, step, wins, ridge)
+
+# %% ../../nbs/alignment/05_pairs.ipynb #f61823da
+def _checked_wins(wins: np.ndarray) -> np.ndarray:
+    "The wins (n, K, K) as floats, 0 of an outcome over itself; raises `ValueError` for no wins."
+    wins = np.asarray(wins, float)
+    if wins.ndim != 3 or wins.shape[1] != wins.shape[2]:
+        raise ValueError(f"wins has the shape {wins.shape}: give (n, K, K), a table for each item")
+    wrong = np.argwhere(~(np.isfinite(wins) & (wins >= 0)))
+    if len(wrong):
+        item, first, second = wrong[0]
+        raise ValueError(
+            f"item {item} has a win of {wins[item, first, second]}, of outcome {first} over "
+            f"{second}: give finite numbers of at least 0"
+        )
+    return wins * (1 - np.eye(wins.shape[1]))
+
+
+def _check_connected(wins: np.ndarray):
+    "Raise `ArithmeticError` naming an item in which some outcomes always win."
     for position, item in enumerate(wins):
         parts, _ = connected_components(item > 0, connection="strong")
         if parts > 1:
@@ -98,30 +125,39 @@ def bradley_terry(
 ) -> np.ndarray:
     """Bradley-Terry strengths (n, K), centred in each row, by Newton's method.
 
-    Raises `ValueError` for negative or missing wins, and `ArithmeticError` naming an item that has
-    no finite strengths (ridge 0, and some outcomes always win) or did not converge.
+    Raises `ValueError` for wins of another shape, negative, missing or infinite, for a negative
+    ridge, and for no rounds; and `ArithmeticError` naming an item that has no finite strengths
+    (ridge 0, and some outcomes always win) or did not converge.
     """
-    nobody_beats_itself = 1 - np.eye(np.shape(wins)[1])
-    wins = np.asarray(wins, float) * nobody_beats_itself
-    _check_wins(wins, ridge)
+    check_number("ridge", ridge, least=0)
+    check_number("tolerance", tolerance, above=0)
+    check_whole("most_rounds", most_rounds, least=1)
+    wins = _checked_wins(wins)
+    if ridge == 0:
+        _check_connected(wins)
 
     strengths = np.zeros(wins.shape[:2])
     for _ in range(most_rounds):
-        gradient, second = _derivatives(strengths, wins, ridge)
-        done = (np.abs(gradient) < tolerance).all(1)
+        done = (np.abs(_gradient(strengths, wins, ridge)) < tolerance).all(1)
         if done.all():
             return strengths
-        step = np.linalg.solve(second, gradient[..., None])[..., 0]
-        strengths = _newton_step(strengths, step, wins, ridge)
+        strengths = _newton_step(strengths, wins, ridge)
+    raise ArithmeticError(_not_converged(done))
 
+
+def _not_converged(done: np.ndarray) -> str:
+    "The message about items that are not done, (n,)."
     bad = np.flatnonzero(~done)
-    raise ArithmeticError(
-        f"no convergence for {len(bad)} of {len(wins)} items, the first at position {bad[0]}: "
+    return (
+        f"no convergence for {len(bad)} of {len(done)} items, the first at position {bad[0]}: "
         "raise the ridge or most_rounds"
     )
 
 # %% ../../nbs/alignment/05_pairs.ipynb #2fffdf37
-def _wins(first_wins: np.ndarray, pairs, size: int, soft: bool) -> np.ndarray:
+_Pairs = Sequence[tuple[int, int]]  # positions of two outcomes each, in the order named
+
+
+def _wins(first_wins: np.ndarray, pairs: _Pairs, size: int, soft: bool) -> np.ndarray:
     "(n, K, K) wins of each outcome over each other, averaged over the orders asked."
     if not soft:
         first_wins = (first_wins >= 0.5).astype(float)
@@ -134,7 +170,7 @@ def _wins(first_wins: np.ndarray, pairs, size: int, soft: bool) -> np.ndarray:
         times[[first, second], [second, first]] += 1
     return wins / np.maximum(times, 1)
 
-
+# %% ../../nbs/alignment/05_pairs.ipynb #50386f9b
 @dataclass
 class PairAnswers:
     "What a model answered when it was asked of pairs of outcomes which one fits better."
@@ -145,6 +181,10 @@ class PairAnswers:
     ids: tuple[str, ...]
     asked: Answered
 
+    def in_order(self) -> list[int]:
+        "The positions of the pairs that name the outcome first which the label set has first."
+        return [i for i, (first, second) in enumerate(self.pairs) if first < second]
+
     def strengths(
         self, both_orders: bool = True, soft: bool = True, ridge: float = 0.01
     ) -> pd.DataFrame:
@@ -153,13 +193,20 @@ class PairAnswers:
         both_orders: False uses only the answers to the order of the label set. soft: probabilities
         are shares of a win; False: each answer counts as a whole win.
         """
-        in_order = [first < second for first, second in self.pairs]
-        kept = [i for i, first_order in enumerate(in_order) if both_orders or first_order]
+        kept = range(len(self.pairs)) if both_orders else self.in_order()
         pairs = [self.pairs[i] for i in kept]
         wins = _wins(self.first_wins[:, kept], pairs, len(self.outcomes), soft)
         return with_cost(bradley_terry(wins, ridge), self.ids, self.asked, self.outcomes)
 
 # %% ../../nbs/alignment/05_pairs.ipynb #2c09d4b3
+def _pairs_to_ask(size: int, both_orders: bool) -> list[tuple[int, int]]:
+    "The positions of all pairs of `size` outcomes, then, if wanted, each the other way round."
+    pairs = list(combinations(range(size), 2))
+    if both_orders:
+        pairs += [(second, first) for first, second in pairs]
+    return pairs
+
+
 def ask_pairs(
     lm: LM,
     task: AnnotatedTexts,
@@ -172,15 +219,15 @@ def ask_pairs(
 ) -> PairAnswers:
     """Answers to which of two outcomes fits better, for all pairs of labels and `none`.
 
-    Raises what `ask_questions` raises, and `ValueError` for a text that is empty.
+    Raises what `ask_questions` raises, and `ValueError` for a text that is empty, and for negative
+    shots or a negative seed.
     """
+    check_whole("shots", shots, least=0)
+    check_whole("seed", seed, least=0)
     check_texts(task.ids, task.texts)
     shown = binary_demonstrations_for(task, shots, seed)
     outcomes = tuple(task.labels.outcomes)
-
-    pairs = list(combinations(range(len(outcomes)), 2))
-    if both_orders:
-        pairs += [(second, first) for first, second in pairs]
+    pairs = _pairs_to_ask(len(outcomes), both_orders)
     named = [(outcomes[first], outcomes[second]) for first, second in pairs]
 
     prompts = [binary_prompts(text, named, shown, task.label_noun) for text in task.texts]
@@ -189,6 +236,24 @@ def ask_pairs(
     return PairAnswers(first_wins, pairs, outcomes, tuple(task.ids), asked)
 
 # %% ../../nbs/alignment/05_pairs.ipynb #c97cc7cc
+def _check_fit(answers: PairAnswers, task: AnnotatedTexts, both_orders: bool):
+    "Raise `ValueError` for answers about other texts or labels, or in one order only."
+    if answers.ids != task.ids or answers.outcomes != tuple(task.labels.outcomes):
+        raise ValueError(f"the answers are about other texts or labels than {task.name}: ask again")
+    if both_orders and len(answers.in_order()) == len(answers.pairs):
+        raise ValueError("the answers are to one order only: ask with both_orders=True")
+
+# %% ../../nbs/alignment/05_pairs.ipynb #1c423775
+def _beats_none(strengths: pd.DataFrame, task: AnnotatedTexts, platt: Platt | None) -> pd.DataFrame:
+    "Marginals (n, L) from strengths (n, outcomes); the softmax where there is no `none`."
+    labels = list(task.labels)
+    if not task.labels.is_multi:
+        shares = softmax(strengths.to_numpy(), axis=1)
+        return pd.DataFrame(shares, strengths.index, labels)
+    log_odds = strengths[labels].sub(strengths[task.labels.none], axis=0)
+    return expit(log_odds) if platt is None else platt(log_odds)
+
+# %% ../../nbs/alignment/05_pairs.ipynb #d5d657ef
 @zero_shot_method("model")
 def binary_breakdown(
     lm: LM,
@@ -205,15 +270,9 @@ def binary_breakdown(
     "sigmoid of a label's Bradley-Terry strength less that of none, asked pair by pair."
     if answers is None:
         answers = ask_pairs(lm, task, shots, seed, both_orders, **asking)
+    _check_fit(answers, task, both_orders)
     strengths = answers.strengths(both_orders, soft, ridge)
-
-    labels = list(task.labels)
-    if not task.labels.is_multi:
-        shares = softmax(strengths.to_numpy(), axis=1)
-        marginals = pd.DataFrame(shares, strengths.index, labels)
-    else:
-        log_odds = strengths[labels].sub(strengths[task.labels.none], axis=0)
-        marginals = expit(log_odds) if platt is None else platt(log_odds)
+    marginals = _beats_none(strengths, task, platt)
     marginals.attrs |= strengths.attrs
     return marginals
 

@@ -18,6 +18,7 @@ import pandas as pd
 from scipy.special import softmax
 
 from .registry import zero_shot_method
+from ..data.checks import check_whole
 from ..data.demonstrations import unary_demonstrations_for
 from ..data.prompts import Prompt, check_texts, unary_prompts
 from ..data.texts import AnnotatedTexts
@@ -38,14 +39,18 @@ def question_trie(root: Node, rows: Sequence[Sequence[int]]) -> tuple[list[Node]
     return nodes, [ends[row] for row in rows]
 
 
-def _grow(parent: Node, rows, nodes: list[Node]) -> dict[tuple, int]:
-    "Append the nodes of `rows` below `parent`; the position at which each row ends, by row."
+def _by_first_token(rows: Sequence[tuple]) -> list[list[tuple]]:
+    "The rows in groups that begin with the same token, in the order in which these appear."
     groups = {}
     for row in rows:
         groups.setdefault(row[0], []).append(row)
+    return list(groups.values())
 
+
+def _grow(parent: Node, rows: Sequence[tuple], nodes: list[Node]) -> dict[tuple, int]:
+    "Append the nodes of `rows` below `parent`; the position at which each row ends, by row."
     ends = {}
-    for group in groups.values():
+    for group in _by_first_token(rows):
         run = commonprefix(group)  # it compares any sequences, not only paths
         node = Node(parent, run)
         ends[run] = len(nodes)  # a row that is longer gets its own end below
@@ -80,6 +85,21 @@ def two_way(logprobs: np.ndarray) -> np.ndarray:
     return softmax(logprobs.astype(float), axis=1)[:, 0]
 
 # %% ../../nbs/alignment/04_questions.ipynb #41ab9059
+def _check_answers(answers: Sequence[str]):
+    "Raise `ValueError` unless this is a list of two answers or more, none of them empty."
+    if isinstance(answers, str) or len(answers) < 2 or not all(answers):
+        raise ValueError(f"answers is {answers!r}: give a list of at least two, none of them empty")
+
+
+def _check_questions(prompts: Sequence[Sequence[Prompt]]):
+    "Raise `ValueError` for no texts, and naming a text without questions."
+    if not len(prompts):
+        raise ValueError("there are no texts to ask about: give the questions of at least one")
+    for position, questions in enumerate(prompts):
+        if not len(questions):
+            raise ValueError(f"the text at position {position} has no questions: leave it out")
+
+
 def _first_tokens(lm: LM, answers: Sequence[str], before: str) -> list[int]:
     "The first token of each answer; raises `ValueError` where two are the same."
     firsts = [lm.encode_text(before + answer)[0] for answer in answers]
@@ -90,7 +110,7 @@ def _first_tokens(lm: LM, answers: Sequence[str], before: str) -> list[int]:
         )
     return firsts
 
-
+# %% ../../nbs/alignment/04_questions.ipynb #b8f2aaa8
 def _check_lengths(lm: LM, rows: TokenRows):
     "Raise `ValueError` where the longest question and one token of its answer do not fit."
     longest = max(rows.lengths())
@@ -100,29 +120,36 @@ def _check_lengths(lm: LM, rows: TokenRows):
             "lower shots or shorten the text"
         )
 
+
+def _encoded(lm: LM, prompts: Sequence[Sequence[Prompt]]) -> TokenRows:
+    "All questions as token ids; raises `ValueError` where one does not fit the context."
+    rows = TokenRows(lm.encode_prompt(prompt) for questions in prompts for prompt in questions)
+    _check_lengths(lm, rows)
+    return rows
+
+
+def _tails_by_text(rows: TokenRows, prompts: Sequence[Sequence[Prompt]]) -> list[list]:
+    "Per text, its questions as ids: what follows the beginning that all questions share."
+    tails = iter(rows.tails)
+    return [[next(tails) for _ in questions] for questions in prompts]
+
 # %% ../../nbs/alignment/04_questions.ipynb #2e72400b
+def _tokens_in(nodes: Sequence[Node]) -> int:
+    return sum(len(node.ids) for node in nodes)
+
+
 def _ask_batch(tree, texts: Sequence[list], watch) -> list[tuple[np.ndarray, int]]:
     """Per text: log-probabilities (questions, watched tokens), and how many tokens were computed.
 
     A text is given by its questions, as ids after the shared beginning.
     """
     tree.rewind()
-    tries = []
-    ends = []
-    for rows in texts:
-        nodes, mine = question_trie(tree.root, rows)
-        tries.append(nodes)
-        ends.append(mine)
-
+    tries = [question_trie(tree.root, rows) for rows in texts]
+    found = compute_groups(tree, [nodes for nodes, _ in tries], watch)
     answers = []
-    found = compute_groups(tree, tries, watch)
-    for nodes, mine, values in zip(tries, ends, found):
-        answers.append((values[mine], _tokens_in(nodes)))
+    for (nodes, ends), values in zip(tries, found):
+        answers.append((values[ends], _tokens_in(nodes)))
     return answers
-
-
-def _tokens_in(nodes: Sequence[Node]) -> int:
-    return sum(len(node.ids) for node in nodes)
 
 
 _TOKENS_AT_ONCE = 1024  # what fills a pass; in 16-bit dtypes it fills two
@@ -134,6 +161,12 @@ def _texts_per_pass(root: Node, rows: list) -> int:
     return max(1, _TOKENS_AT_ONCE // _tokens_in(nodes))
 
 # %% ../../nbs/alignment/04_questions.ipynb #d3936636
+def _answered(found: list[tuple[np.ndarray, int]], rows: TokenRows) -> Answered:
+    "The answers of `_ask_batch` to all texts, and what all of them cost."
+    tokens = len(rows.shared) + sum(count for _, count in found)
+    return Answered([values for values, _ in found], tokens, sum(rows.lengths()))
+
+
 def ask_questions(
     lm: LM,
     prompts: Sequence[Sequence[Prompt]],  # the questions about each text
@@ -145,17 +178,14 @@ def ask_questions(
 ) -> Answered:
     """Log-probabilities of the answers' first tokens after each prompt.
 
-    Raises `ValueError` where two answers begin with the same token, or a prompt does not fit the
-    context, and for a folder what `in_batches` raises.
+    Raises `ValueError` for a text without questions, where two answers begin with the same token,
+    or a prompt does not fit the context, and for a folder what `in_batches` raises.
     """
-    # Encode everything and check it before the model is run.
+    _check_answers(answers)
+    _check_questions(prompts)
     watch = _first_tokens(lm, answers, prompts[0][0].before_answer)
-    rows = TokenRows(lm.encode_prompt(prompt) for questions in prompts for prompt in questions)
-    _check_lengths(lm, rows)
-
-    # Per text, its questions as ids: what follows the beginning that all questions share.
-    tails = iter(rows.tails)
-    texts = [[next(tails) for _ in questions] for questions in prompts]
+    rows = _encoded(lm, prompts)
+    texts = _tails_by_text(rows, prompts)
     tree = prompt_tree(lm, rows.shared, no_cache)
 
     def work(batch):
@@ -164,15 +194,24 @@ def ask_questions(
     settings = {"answers": list(answers), "watched": watch, "no_cache": no_cache}
     if folder:
         settings = run_settings(lm, rows, texts=len(texts), **settings)
-
-    # Ask about a few texts at a time.
     at_once = _texts_per_pass(tree.root, texts[0])
     found = in_batches(work, range(len(texts)), at_once, desc, progress, folder, settings)
-    logprobs = [values for values, _ in found]
-    tokens = len(rows.shared) + sum(count for _, count in found)
-    return Answered(logprobs, tokens, sum(rows.lengths()))
+    return _answered(found, rows)
 
 # %% ../../nbs/alignment/04_questions.ipynb #47066085
+def _unary_questions(task: AnnotatedTexts, shots: int, seed: int) -> list[list[Prompt]]:
+    "One question per label about each text; `none` comes last and is not asked about."
+    check_whole("shots", shots, least=0)
+    check_whole("seed", seed, least=0)
+    check_texts(task.ids, task.texts)
+    shown = unary_demonstrations_for(task, shots, seed)
+    prompts = []
+    for text in task.texts:
+        questions = unary_prompts(text, task.labels, shown, task.label_noun)
+        prompts.append(questions[: len(task.labels)])
+    return prompts
+
+
 @zero_shot_method("model")
 def unary_breakdown(
     lm: LM,
@@ -184,13 +223,7 @@ def unary_breakdown(
     folder: str | Path | None = None,
 ) -> pd.DataFrame:
     "P(reasonable) against unreasonable for each label, asked one at a time."
-    check_texts(task.ids, task.texts)
-    shown = unary_demonstrations_for(task, shots, seed)
-    prompts = []
-    for text in task.texts:
-        questions = unary_prompts(text, task.labels, shown, task.label_noun)
-        prompts.append(questions[: len(task.labels)])  # `none` comes last and is not asked about
-
+    prompts = _unary_questions(task, shots, seed)
     answers = ("reasonable", "unreasonable")
     asked = ask_questions(lm, prompts, answers, progress, "unary breakdown", no_cache, folder)
 

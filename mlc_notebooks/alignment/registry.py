@@ -9,6 +9,7 @@ __all__ = ['METHODS', 'OLD_NAMES', 'SINGLE_LABEL_METHODS', 'Method', 'zero_shot_
            'run_methods']
 
 # %% ../../nbs/alignment/02_registry.ipynb #49bec868
+import difflib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..data.checks import check_choice, check_whole
 from ..data.texts import AnnotatedTexts
 from ..engine.runs import run_folder
 from ..models.lm import LM
@@ -39,7 +41,11 @@ METHODS: dict[str, Method] = {}
 
 
 def zero_shot_method(needs: str) -> Callable:
-    "A decorator that enters a function in `METHODS` under its own name."
+    """A decorator that enters a function in `METHODS` under its own name.
+
+    Raises `ValueError` unless `needs` is "trace" or "model".
+    """
+    check_choice("needs", needs, ("trace", "model"))
 
     def enter(function: Callable) -> Callable:
         name = function.__name__
@@ -76,7 +82,7 @@ def methods_for(task: AnnotatedTexts) -> list[str]:
 # %% ../../nbs/alignment/02_registry.ipynb #e6a752b9
 def _new_name(name: str) -> str:
     "The name itself, or the one that replaces it, with a warning."
-    if name not in OLD_NAMES:
+    if not isinstance(name, str) or name not in OLD_NAMES:
         return name
     warnings.warn(
         f"the method {name!r} is now called {OLD_NAMES[name]!r}; the old name goes with "
@@ -87,21 +93,69 @@ def _new_name(name: str) -> str:
     return OLD_NAMES[name]
 
 
+def _unknown(name: str) -> str:
+    "The message about a method that is not there, with the nearest one that is."
+    near = difflib.get_close_matches(str(name), METHODS, 1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"unknown method {name!r}{hint}: choose from {list(METHODS)}"
+
+
+def _check_fits(name: str, task: AnnotatedTexts):
+    "Raise `ValueError` for a method that is unknown or does not fit the task."
+    if not isinstance(name, str) or name not in METHODS:
+        raise ValueError(_unknown(name))
+    if name not in methods_for(task):
+        raise ValueError(f"{name!r} is for tasks with several labels; {task.name} has no `none`")
+
+# %% ../../nbs/alignment/02_registry.ipynb #b8a9a5e6
+def _check_names(names: Sequence[str]):
+    "Raise `ValueError` unless this is a list of at least one name."
+    if isinstance(names, str) or not hasattr(names, "__len__") or not len(names):
+        raise ValueError(f"methods is {names!r}: give a list of at least one name")
+
+
 def check_methods(names: Sequence[str], task: AnnotatedTexts) -> list[str]:
-    "The names, old ones replaced; raises `ValueError` for one that is unknown or does not fit."
+    """The names, old ones replaced.
+
+    Raises `ValueError` for no list or an empty one, and for a name that is unknown, is there twice
+    or does not fit the task.
+    """
+    _check_names(names)
     checked = []
     for name in names:
         name = _new_name(name)
-        if name not in METHODS:
-            raise ValueError(f"unknown method {name!r}: choose from {list(METHODS)}")
-        if name not in methods_for(task):
-            raise ValueError(
-                f"{name!r} is for tasks with several labels; {task.name} has no `none`"
-            )
+        _check_fits(name, task)
+        if name in checked:
+            raise ValueError(f"methods holds {name!r} twice: give each method once")
         checked.append(name)
     return checked
 
 # %% ../../nbs/alignment/02_registry.ipynb #e7f436ce
+def _check_same_texts(trace: Trace, task: AnnotatedTexts):
+    "Raise `ValueError` where the trace is about other texts or labels than the task."
+    in_one_only = set(trace.items.index) ^ set(task.ids)
+    if in_one_only:
+        raise ValueError(
+            f"item {min(in_one_only, key=str)!r} is in one of trace and {task.name} only: "
+            "give a trace of the task's texts, or none"
+        )
+    if set(trace.labels.outcomes) != set(task.labels.outcomes):
+        raise ValueError(
+            f"the trace has the outcomes {list(trace.labels.outcomes)}, {task.name} "
+            f"{list(task.labels.outcomes)}: give a trace of the task, or none"
+        )
+
+
+def _trace_for(
+    lm: LM, task: AnnotatedTexts, trace: Trace | None, folder: str | Path | None, **probing
+) -> Trace:
+    "The trace given, checked, or the one that is probed here."
+    if trace is None:
+        return probe_steps(lm, task, folder=run_folder(folder, "trace"), **probing)
+    _check_same_texts(trace, task)
+    return trace
+
+# %% ../../nbs/alignment/02_registry.ipynb #8ac8dddd
 def run_methods(
     lm: LM,
     task: AnnotatedTexts,
@@ -113,20 +167,22 @@ def run_methods(
     folder: str | Path | None = None,  # keep finished batches in folders of it, one per method
     **probing,  # of `probe_steps`
 ) -> dict[str, pd.DataFrame]:
-    "Marginals (n, L) by method name."
-    needs_trace = any(METHODS[name].needs == "trace" for name in names)
-    if trace is None and needs_trace:
-        kept = run_folder(folder, "trace")
-        trace = probe_steps(lm, task, shots, seed=seed, progress=progress, folder=kept, **probing)
+    """Marginals (n, L) by method name.
+
+    Raises `ValueError` for negative shots or a negative seed, and for a trace of other texts.
+    """
+    check_whole("shots", shots, least=0)
+    check_whole("seed", seed, least=0)
+    asking = {"shots": shots, "seed": seed, "progress": progress}
+    if any(METHODS[name].needs == "trace" for name in names):
+        trace = _trace_for(lm, task, trace, folder, **asking, **probing)
 
     marginals = {}
     for name in names:
         method = METHODS[name]
         if method.needs == "trace":
             marginals[name] = method.function(trace)
-            continue
-        asking = {"shots": shots, "seed": seed, "progress": progress}
-        if folder:
-            asking["folder"] = run_folder(folder, name)
-        marginals[name] = method.function(lm, task, **asking)
+        else:
+            kept = {"folder": run_folder(folder, name)} if folder else {}
+            marginals[name] = method.function(lm, task, **asking, **kept)
     return marginals

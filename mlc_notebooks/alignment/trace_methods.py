@@ -15,7 +15,9 @@ from scipy.special import expit, softmax
 
 from .calibration import Platt, divide_prior
 from .registry import zero_shot_method
+from ..data.checks import check_number
 from ..metrics.alignment import EPS
+from ..metrics.inputs import check_trace
 from ..probing.reading import p_go
 from ..probing.trace import Trace
 
@@ -38,51 +40,66 @@ def _largest_per_item(trace: Trace, values: np.ndarray) -> np.ndarray:
 @zero_shot_method("trace")
 def hard(trace: Trace, eps: float = EPS) -> pd.DataFrame:
     "1 - eps for the labels written, eps for the others: the answer taken at its word."
+    check_number("eps", eps, above=0, below=0.5)
+    check_trace(trace)
     written = trace.predictions() == 1
     return _table(np.where(written, 1 - eps, eps), trace)
 
 # %% ../../nbs/alignment/03_trace_methods.ipynb #b95879d4
+def _first_logprobs(trace: Trace) -> np.ndarray:
+    "Log-probabilities of the outcomes at step 1 (n, L + 1), in float64."
+    check_trace(trace)
+    is_first = (trace.steps["step"] == 1).to_numpy()
+    return trace.logprobs[is_first].astype(float)
+
+
 @zero_shot_method("trace")
 def compare_to_none(
     trace: Trace,
     platt: Platt | None = None,  # fitted on such differences of log-probabilities
 ) -> pd.DataFrame:
     "sigmoid(log p(l) - log p(none)) at step 1, or of a `Platt` map of that difference."
-    is_first = (trace.steps["step"] == 1).to_numpy()
-    logprobs = trace.logprobs[is_first].astype(float)
+    logprobs = _first_logprobs(trace)
     if not trace.labels.is_multi:
         return _table(softmax(logprobs, axis=1), trace)
 
-    differences = logprobs[:, :-1] - logprobs[:, -1:]
-    log_odds = pd.DataFrame(differences, trace.items.index, list(trace.labels))
+    log_odds = _table(logprobs[:, :-1] - logprobs[:, -1:], trace)
     return expit(log_odds) if platt is None else platt(log_odds)
 
 
 @zero_shot_method("trace")
 def max_over_generations(trace: Trace) -> pd.DataFrame:
     "The largest probability that a label has at any step of the answer."
+    check_trace(trace)
     labels = len(trace.labels)
     return _table(_largest_per_item(trace, trace.probs[:, :labels]), trace)
 
 # %% ../../nbs/alignment/03_trace_methods.ipynb #d09ac1af
 def _is_written(trace: Trace) -> np.ndarray:
     "(steps, L) whether the step wrote the label."
+    check_trace(trace)
     names = np.array(list(trace.labels), dtype=object)
     return trace.steps["wrote"].to_numpy()[:, None] == names
+
+
+def _uniform_where_zero(marginals: np.ndarray) -> np.ndarray:
+    "The marginals (n, L), 1 in rows where all are 0, so that these can be divided by their sum."
+    nothing = marginals.sum(axis=1, keepdims=True) == 0
+    return np.where(nothing, 1.0, marginals)
 
 
 def _table_of_written(trace: Trace, values: np.ndarray) -> pd.DataFrame:
     "Marginals from (steps, L) values, each at the step that wrote the label; 0 if none did."
     marginals = _largest_per_item(trace, _is_written(trace) * values)
     if not trace.labels.is_multi:
-        nothing = marginals.sum(axis=1, keepdims=True) == 0
-        marginals = np.where(nothing, 1.0, marginals)
+        marginals = _uniform_where_zero(marginals)
     return _table(marginals, trace)
 
 
 @zero_shot_method("trace")
 def written_probability(trace: Trace) -> pd.DataFrame:
     "A label's probability at the step that wrote it, 0 if not written (arXiv 2511.22312)."
+    check_trace(trace)
     return _table_of_written(trace, np.exp(trace.logprobs[:, : len(trace.labels)]))
 
 # %% ../../nbs/alignment/03_trace_methods.ipynb #35f290af
@@ -97,13 +114,18 @@ def _written_probs(trace: Trace) -> np.ndarray:
     return wrote
 
 
+def _reached(trace: Trace) -> pd.Series:
+    "(steps,) probability to go on to each step, from the one before; step 1 is always reached."
+    going_on = p_go(trace.steps["go"], trace.steps["stop"]).fillna(1.0)
+    return going_on.groupby(trace.steps["example"]).shift(1, fill_value=1.0)
+
+
 @zero_shot_method("trace")
 def path_product(trace: Trace) -> pd.DataFrame:
     "Product of the written outcomes' probabilities and of going on (arXiv 2511.22312)."
-    examples = trace.steps["example"]
-    going_on = p_go(trace.steps["go"], trace.steps["stop"]).fillna(1.0)
-    reached = going_on.groupby(examples).shift(1, fill_value=1.0)  # step 1 is always reached
-    along = (_written_probs(trace) * reached).groupby(examples).cumprod()
+    check_trace(trace)
+    each = _written_probs(trace) * _reached(trace)
+    along = each.groupby(trace.steps["example"]).cumprod()
     return _table_of_written(trace, along.to_numpy()[:, None])
 
 # %% ../../nbs/alignment/03_trace_methods.ipynb #8ab2bad4

@@ -1,4 +1,5 @@
 from . import statistics as statistics
+from . import inputs as inputs
 from . import profiles as profiles
 from . import order as order
 from . import sets as sets
@@ -15,8 +16,17 @@ from .statistics import bootstrap_means as bootstrap_means
 from .statistics import bootstrap_median as bootstrap_median
 from .statistics import mean_table as mean_table
 from .statistics import paired_difference as paired_difference
+from .inputs import check_marginals as check_marginals
+from .inputs import check_same_shape as check_same_shape
+from .inputs import check_scores as check_scores
+from .inputs import check_sets as check_sets
+from .inputs import check_shares as check_shares
+from .inputs import check_table as check_table
+from .inputs import check_trace as check_trace
+from .inputs import gold_of as gold_of
 from .profiles import first_step_marginals as first_step_marginals
 from .profiles import first_step_quality as first_step_quality
+from .profiles import known_values as known_values
 from .profiles import label_ranking_precision as label_ranking_precision
 from .profiles import macro_auroc as macro_auroc
 from .profiles import sorted_profile as sorted_profile
@@ -39,11 +49,13 @@ from .sets import prediction_metrics as prediction_metrics
 from .sets import probe_metrics as probe_metrics
 from .alignment import EPS as EPS
 from .alignment import calibration_error as calibration_error
+from .alignment import check_metric_options as check_metric_options
 from .alignment import item_means as item_means
 from .alignment import item_metrics as item_metrics
 from .alignment import marginals_and_shares as marginals_and_shares
 from .alignment import metric_table as metric_table
 from .alignment import pooled_metrics as pooled_metrics
+from .alignment import probabilities_and_shares as probabilities_and_shares
 from .baselines import constant_marginals as constant_marginals
 from .baselines import prior_marginals as prior_marginals
 from .ceiling import noise_ceiling as noise_ceiling

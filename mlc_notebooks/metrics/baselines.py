@@ -10,14 +10,16 @@ __all__ = ['constant_marginals', 'prior_marginals']
 # %% ../../nbs/metrics/05_baselines.ipynb #b8624d68
 import pandas as pd
 
+from ..data.checks import check_number
 from ..data.texts import AnnotatedTexts
 
 # %% ../../nbs/metrics/05_baselines.ipynb #2b5a8960
 def constant_marginals(task: AnnotatedTexts, value: float = 0.1) -> pd.DataFrame:
-    """Marginals (n, L) that are `value` everywhere.
+    """Marginals (n, L) that are `value` everywhere; raises `ValueError` for one outside [0, 1].
 
     On single-label tasks, where rows sum to 1, they are uniform instead.
     """
+    value = check_number("value", value, least=0, most=1)
     if not task.labels.is_multi:
         value = 1 / len(task.labels)
     return pd.DataFrame(value, pd.Index(task.ids, name="id"), list(task.labels))
@@ -26,7 +28,7 @@ def constant_marginals(task: AnnotatedTexts, value: float = 0.1) -> pd.DataFrame
 def prior_marginals(task: AnnotatedTexts) -> pd.DataFrame:
     """Marginals (n, L): for every item each label's mean share in the train split.
 
-    Raises `ValueError` without a train split.
+    Raises `ValueError` without a train split, or without annotations in it.
     """
     if task.pool is None:
         raise ValueError(
@@ -34,4 +36,6 @@ def prior_marginals(task: AnnotatedTexts) -> pd.DataFrame:
             "split 'train'"
         )
     shares = task.pool.distribution().mean()
+    if shares.isna().any():
+        raise ValueError(f"nobody annotated the train split of {task.name}: there is no prior")
     return pd.DataFrame([shares] * len(task), pd.Index(task.ids, name="id"))

@@ -11,11 +11,15 @@ __all__ = ['noise_ceiling']
 import numpy as np
 import pandas as pd
 
+from ..data.checks import check_whole
 from ..data.texts import AnnotatedTexts
-from .alignment import EPS, item_means, item_metrics
+from .alignment import EPS, check_metric_options, item_means, item_metrics
 
 # %% ../../nbs/metrics/06_ceiling.ipynb #2cb9190c
-def _leave_one_out(votes: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+_Pairs = list[tuple[np.ndarray, np.ndarray]]  # (L,) shares as if of a method, and what they predict
+
+
+def _leave_one_out(votes: np.ndarray) -> _Pairs:
     "For each annotator: the shares of the others (L,) and the own answer (L,); votes: 0/1 (m, L)."
     pairs = []
     for i in range(len(votes)):
@@ -24,20 +28,39 @@ def _leave_one_out(votes: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     return pairs
 
 
-def _split_halves(
-    votes: np.ndarray, seeds: int, rng: np.random.Generator
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    "Shares (L,) of a random half of the annotators and of the others, `seeds` times."
-    pairs = []
-    for _ in range(seeds):
-        order = rng.permutation(len(votes))
-        half = len(votes) // 2
-        first = votes[order[:half]].mean(axis=0)
-        second = votes[order[half:]].mean(axis=0)
-        pairs.append((first, second))
-    return pairs
+def _split_in_half(votes: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    "Shares (L,) of a random half of the annotators, the smaller one, and of the others."
+    order = rng.permutation(len(votes))
+    half = len(votes) // 2
+    return votes[order[:half]].mean(axis=0), votes[order[half:]].mean(axis=0)
+
+
+def _split_halves(votes: np.ndarray, seeds: int, rng: np.random.Generator) -> _Pairs:
+    "`_split_in_half`, `seeds` times."
+    return [_split_in_half(votes, rng) for _ in range(seeds)]
 
 # %% ../../nbs/metrics/06_ceiling.ipynb #9d58c71b
+def _mean_over_pairs(pairs_of_item: list[_Pairs], multi: bool, eps: float, threshold: float):
+    "One row per item: its metrics, averaged over the pairs (p, q) that it has."
+    owners = np.repeat(range(len(pairs_of_item)), [len(pairs) for pairs in pairs_of_item])
+    every = [pair for pairs in pairs_of_item for pair in pairs]
+    p = np.array([predicted for predicted, _ in every], float)
+    q = np.array([answered for _, answered in every], float)
+    return item_metrics(p, q, multi, eps, threshold).groupby(owners).mean()
+
+
+def _pairs_by_method(several: list[np.ndarray], seeds: int) -> dict[str, list[_Pairs]]:
+    "The pairs of each item, by how its annotators are split; several: votes (m, L) of each item."
+    rng = np.random.default_rng(0)
+    return {
+        "annotators, leave-one-out": [_leave_one_out(votes) for votes in several],
+        "annotators, split-half": [_split_halves(votes, seeds, rng) for votes in several],
+    }
+
+# %% ../../nbs/metrics/06_ceiling.ipynb #618c4de0
+_CEILING_COLUMNS = ["method", "metric", "value", "low", "high", "n", "excluded"]
+
+
 def noise_ceiling(
     task: AnnotatedTexts,
     seeds: int = 10,  # how many random halves per item
@@ -49,35 +72,18 @@ def noise_ceiling(
 
     Methods are "annotators, leave-one-out" (mean over the item's annotators) and "annotators,
     split-half" (mean over `seeds` halves). Items with fewer than two annotators are excluded and
-    counted; where all are, the table is empty.
+    counted; where all are, the table is empty. Raises `ValueError` for no seeds, and as
+    `check_metric_options` does.
     """
+    check_whole("seeds", seeds, least=1)
+    check_metric_options(eps, threshold, resamples)
     several = [votes for votes in task.annotations if len(votes) > 1]
     if not several:
-        return pd.DataFrame(columns=["method", "metric", "value", "low", "high", "n", "excluded"])
-    rng = np.random.default_rng(0)
-    pairs_of_items = {
-        "annotators, leave-one-out": [_leave_one_out(votes) for votes in several],
-        "annotators, split-half": [_split_halves(votes, seeds, rng) for votes in several],
-    }
+        return pd.DataFrame(columns=_CEILING_COLUMNS)
 
     tables = []
-    for name, pairs_of_item in pairs_of_items.items():
+    for name, pairs_of_item in _pairs_by_method(several, seeds).items():
         items = _mean_over_pairs(pairs_of_item, task.labels.is_multi, eps, threshold)
-        table = item_means(items, resamples)
-        table.insert(0, "method", name)
-        tables.append(table.assign(excluded=len(task) - len(several)))
-    return pd.concat(tables, ignore_index=True)
-
-# %% ../../nbs/metrics/06_ceiling.ipynb #618c4de0
-def _mean_over_pairs(pairs_of_item: list, multi: bool, eps: float, threshold: float):
-    "One row per item: its metrics, averaged over the pairs (p, q) that it has."
-    owners = []
-    p = []
-    q = []
-    for owner, pairs in enumerate(pairs_of_item):
-        for predicted, answered in pairs:
-            owners.append(owner)
-            p.append(predicted)
-            q.append(answered)
-    of_pair = item_metrics(np.array(p, float), np.array(q, float), multi, eps, threshold)
-    return of_pair.groupby(np.array(owners)).mean()
+        tables.append(item_means(items, resamples).assign(method=name))
+    table = pd.concat(tables, ignore_index=True).assign(excluded=len(task) - len(several))
+    return table[_CEILING_COLUMNS]

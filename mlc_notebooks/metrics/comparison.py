@@ -12,10 +12,18 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from ..data.checks import check_choice
 from ..data.texts import AnnotatedTexts
-from .alignment import EPS, item_metrics, marginals_and_shares, metric_table
+from mlc_notebooks.metrics.alignment import (
+    EPS,
+    check_metric_options,
+    item_metrics,
+    metric_table,
+    probabilities_and_shares,
+)
 from .baselines import constant_marginals, prior_marginals
 from .ceiling import noise_ceiling
+from .inputs import check_marginals
 from .statistics import paired_difference
 
 # %% ../../nbs/metrics/07_comparison.ipynb #b7a29ad7
@@ -48,6 +56,34 @@ class AlignReport(pd.DataFrame):
         return f"{self.table().to_html()}<p>{self.note}</p>"
 
 # %% ../../nbs/metrics/07_comparison.ipynb #bb0bf9a5
+_ROWS_OF_THE_REPORT = (
+    "constant",
+    "label prior",
+    "annotators, leave-one-out",
+    "annotators, split-half",
+)
+
+
+def _by_method(marginals) -> dict[str, pd.DataFrame]:
+    "One table or several, by method; raises `ValueError` for anything else, and for none."
+    if isinstance(marginals, pd.DataFrame):
+        return {"method": marginals}
+    if not isinstance(marginals, dict) or not marginals:
+        found = "an empty dict" if isinstance(marginals, dict) else type(marginals).__name__
+        raise ValueError(
+            f"marginals is {found}: give a DataFrame indexed by item id, or a dict of at least one "
+            "by method name"
+        )
+    return dict(marginals)
+
+
+def _check_names(methods: dict[str, pd.DataFrame]):
+    "Raise `ValueError` naming a method that is called like a row of the report."
+    for name in methods:
+        if name in _ROWS_OF_THE_REPORT:
+            raise ValueError(f"{name!r} is a row that the report adds itself: rename the method")
+
+# %% ../../nbs/metrics/07_comparison.ipynb #972cd26a
 def _check_same_items(methods: dict[str, pd.DataFrame]):
     "Raise `ValueError` naming an item that one of the tables has and another one has not."
     first_name, first = next(iter(methods.items()))
@@ -60,6 +96,16 @@ def _check_same_items(methods: dict[str, pd.DataFrame]):
             )
 
 
+def _methods_to_report(marginals, task: AnnotatedTexts) -> dict[str, pd.DataFrame]:
+    "Marginals (n, L) by method, checked: all are about the same items and the task's labels."
+    methods = _by_method(marginals)
+    _check_names(methods)
+    for name, table in methods.items():
+        check_marginals(table, task.labels, name=f"the table of {name!r}")
+    _check_same_items(methods)
+    return methods
+
+# %% ../../nbs/metrics/07_comparison.ipynb #90d186e0
 def _baselines(task: AnnotatedTexts) -> dict[str, pd.DataFrame]:
     "Marginals (n, L) of the baselines by name; the label prior needs a train split."
     found = {"constant": constant_marginals(task)}
@@ -68,15 +114,34 @@ def _baselines(task: AnnotatedTexts) -> dict[str, pd.DataFrame]:
     return found
 
 
+def _absent_labels(task: AnnotatedTexts, threshold: float) -> str:
+    "How many labels are in no majority set, as the end of a note; empty where there are none."
+    in_a_set = task.majority(threshold).any()
+    absent = int((~in_a_set).sum())
+    if not absent:
+        return ""
+    return f" Macro-F1 counts 0 for the {absent} of {len(in_a_set)} labels in no majority set."
+
+
 def _note(task: AnnotatedTexts, eps: float, threshold: float) -> str:
-    "How a report was made, in a sentence."
+    "How a report was made, in a sentence or two."
     shares = "aggregated labels (q is 0 or 1)" if task.aggregated else "q from annotators"
     return (
         f"{task.name}, {len(task)} items, {shares}; 95 % intervals over items; NLL in nats, "
-        f"sum over labels, eps = {eps:g}; threshold {threshold:g}."
+        f"sum over labels, eps = {eps:g}; threshold {threshold:g}.{_absent_labels(task, threshold)}"
     )
 
 # %% ../../nbs/metrics/07_comparison.ipynb #3ce6413c
+_REPORT_COLUMNS = ["method", "metric", "value", "low", "high", "n"]
+
+
+def _with_people(tables: list[pd.DataFrame], ceiling: pd.DataFrame) -> pd.DataFrame:
+    "All tables in one, and that of the annotators after them where there is one."
+    if len(ceiling):
+        tables = [*tables, ceiling]
+    return pd.concat(tables, ignore_index=True)[_REPORT_COLUMNS]
+
+# %% ../../nbs/metrics/07_comparison.ipynb #499d6b1d
 def align_report(
     marginals: pd.DataFrame | dict[str, pd.DataFrame],  # (n, L) by item id, or several by method
     task: AnnotatedTexts,
@@ -87,36 +152,45 @@ def align_report(
     """Every metric of every method, of the baselines and of people, with 95 % intervals over items.
 
     The label prior needs a train split, people need two annotators on some item; where there is
-    none they are left out. Raises `ValueError` naming an item that one of the methods or the task
-    does not have, and as `marginals_and_shares` does.
+    none they are left out. Raises `ValueError` for no method, for one that is called like a row of
+    the report, naming an item that one of the methods or the task does not have, and as
+    `metric_table` does.
     """
-    methods = dict(marginals) if isinstance(marginals, dict) else {"method": marginals}
-    _check_same_items(methods)
+    check_metric_options(eps, threshold, resamples)
+    methods = _methods_to_report(marginals, task)
     first = next(iter(methods.values()))
     shown = task.at(first.index)
-    methods |= _baselines(shown)
     tables = []
-    for name, table in methods.items():
+    for name, table in (methods | _baselines(shown)).items():
         found = metric_table(table, shown, eps, threshold, resamples)
         tables.append(found.assign(method=name))
     ceiling = noise_ceiling(shown, eps=eps, threshold=threshold, resamples=resamples)
-    if len(ceiling):
-        tables.append(ceiling)
-    columns = ["method", "metric", "value", "low", "high", "n"]
-    report = AlignReport(pd.concat(tables, ignore_index=True)[columns])
+    report = AlignReport(_with_people(tables, ceiling))
     report.note = _note(shown, eps, threshold)
     return report
 
 # %% ../../nbs/metrics/07_comparison.ipynb #425b089e
+_COMPARED = ("NLL", "L1", "Brier", "example-F1")
+
+
 def _of_items(
     marginals: pd.DataFrame, task: AnnotatedTexts, eps: float, threshold: float
 ) -> pd.DataFrame:
     "`item_metrics` of one method, indexed by item id."
-    p, q = marginals_and_shares(marginals, task)
+    p, q = probabilities_and_shares(marginals, task)
     found = item_metrics(p, q, task.labels.is_multi, eps, threshold)
     return found.set_index(marginals.index)
 
 
+def _difference_rows(name: str, found: pd.DataFrame, base: pd.DataFrame, options: dict) -> list:
+    "The rows of `compare_methods` for one method: its metrics of items, and those of the base."
+    rows = []
+    for metric in _COMPARED:
+        interval = paired_difference(found[metric], base[metric], **options)
+        rows.append((name, metric, *interval, len(found)))
+    return rows
+
+# %% ../../nbs/metrics/07_comparison.ipynb #9484e9f7
 def compare_methods(
     marginals: dict[str, pd.DataFrame],  # (n, L) by item id, of each method
     task: AnnotatedTexts,
@@ -128,12 +202,9 @@ def compare_methods(
     """Each method less `against`, paired by item: method, metric, difference, low, high and n.
 
     Metrics: NLL, L1, Brier and example-F1. Raises `ValueError` for an unknown `against`, and as
-    `marginals_and_shares` does.
+    `align_report` does.
     """
-    if against not in marginals:
-        raise ValueError(
-            f"there is no method {against!r} to compare with: choose one of {list(marginals)}"
-        )
+    check_choice("against", against, _by_method(marginals))
     items = {}
     for name, table in marginals.items():
         items[name] = _of_items(table, task, eps, threshold)
@@ -141,7 +212,5 @@ def compare_methods(
     base = items.pop(against)
     rows = []
     for name, found in items.items():
-        for metric in ("NLL", "L1", "Brier", "example-F1"):
-            interval = paired_difference(found[metric], base[metric], **options)
-            rows.append((name, metric, *interval, len(found)))
+        rows += _difference_rows(name, found, base, options)
     return pd.DataFrame(rows, columns=["method", "metric", "difference", "low", "high", "n"])

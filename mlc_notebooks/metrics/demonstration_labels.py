@@ -9,11 +9,13 @@ __all__ = ['DEMONSTRATION_KINDS', 'derangement', 'flip_demonstrations', 'unrelat
 
 # %% ../../nbs/metrics/10_demonstration_labels.ipynb #0c8afa6e
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
 
 from ..data.boxes import BOX_OBJECTS
+from ..data.checks import check_choice, check_whole
 from ..data.demonstrations import demonstrations_for
 from ..data.labels import LabelSet
 from ..data.texts import AnnotatedTexts, rename_labels
@@ -24,6 +26,7 @@ from mlc_notebooks.metrics.experiments import (
     probe_each,
 )
 from .phenomenon import summarise
+from .profiles import first_step_marginals
 from .sets import prediction_metrics
 from .statistics import mean_table
 from ..models.lm import LM
@@ -34,19 +37,25 @@ from ..probing.trace import Trace
 def derangement(labels: LabelSet, seed: int = 0) -> dict[str, str]:
     """Another label for each label, one to one: a permutation without a fixed point.
 
-    All of these are equally likely. `none` has no part. Raises `ValueError` for a single label.
+    All of these are equally likely. `none` has no part. Raises `ValueError` for a single label, and
+    for a seed that is no whole number from 0 on.
     """
+    check_whole("seed", seed, least=0)
     if len(labels) < 2:
         raise ValueError(
             f"there is no other label to put in the place of {labels.names[0]!r}: "
             "give a task with two or more"
         )
-    rng = np.random.default_rng(seed)
     names = np.array(labels.names)
+    return dict(zip(labels.names, _deranged(names, np.random.default_rng(seed)).tolist()))
+
+
+def _deranged(names: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    "The names in another order, none of them where it was."
     shuffled = rng.permutation(names)
     while (shuffled == names).any():  # about 2.7 draws on average, for any number of labels
         shuffled = rng.permutation(names)
-    return dict(zip(names.tolist(), shuffled.tolist()))
+    return shuffled
 
 # %% ../../nbs/metrics/10_demonstration_labels.ipynb #f3f4c8e8
 def flip_demonstrations(
@@ -54,26 +63,34 @@ def flip_demonstrations(
 ) -> list[tuple[str, tuple[str, ...]]]:
     """The demonstrations (text, labels) with every label replaced by swaps[label], in label order.
 
-    No label stays no label.
+    No label stays no label. Raises `ValueError` naming a label that `swaps` says nothing about.
     """
     flipped = []
     for text, chosen in demonstrations:
+        for name in chosen:
+            check_choice("a label of the demonstrations", name, swaps)
         replaced = labels.vector(swaps[name] for name in chosen)
         flipped.append((text, labels.chosen(replaced)))
     return flipped
 
 # %% ../../nbs/metrics/10_demonstration_labels.ipynb #f0e510fb
-def unrelated_words(lm: LM, labels: LabelSet, seed: int = 0, fmt: str = "json") -> list[str]:
-    """As many everyday objects as there are labels, in alphabetical order.
-
-    None of them is a label, and no two have the same first token in the format `fmt`. Raises
-    `ValueError` where there are too few.
-    """
+def _words_apart(lm: LM, labels: LabelSet, fmt: str) -> list[str]:
+    "Everyday objects that are no labels and begin with different tokens in the format."
     taken = {name.casefold() for name in labels.outcomes}
     words = [word for word in BOX_OBJECTS if word not in taken]
     answer_tokens = AnswerTokens(lm, LabelSet(words, labels.none), fmt)
     alike = {word for pair in answer_tokens.collisions() for word in pair}
-    words = [word for word in words if word not in alike]
+    return [word for word in words if word not in alike]
+
+
+def unrelated_words(lm: LM, labels: LabelSet, seed: int = 0, fmt: str = "json") -> list[str]:
+    """As many everyday objects as there are labels, in alphabetical order.
+
+    None of them is a label, and no two have the same first token in the format `fmt`. Raises
+    `ValueError` where there are too few, and for a seed that is no whole number from 0 on.
+    """
+    check_whole("seed", seed, least=0)
+    words = _words_apart(lm, labels, fmt)
     if len(words) < len(labels):
         raise ValueError(
             f"{len(words)} words begin differently for {lm.name}, too few for {len(labels)} "
@@ -85,8 +102,7 @@ def unrelated_words(lm: LM, labels: LabelSet, seed: int = 0, fmt: str = "json") 
 # %% ../../nbs/metrics/10_demonstration_labels.ipynb #ba5a6789
 def _at_step_one(trace: Trace, wanted: pd.DataFrame) -> pd.DataFrame:
     "The summed probability of the wanted labels at step 1, mean over items that have some."
-    first = trace.probs[trace.steps["step"] == 1, : len(trace.labels)]
-    summed = (first * wanted.to_numpy()).sum(axis=1)
+    summed = (first_step_marginals(trace) * wanted.to_numpy()).sum(axis=1)
     tidy = pd.DataFrame({"example": wanted.index, "probability at step 1": summed})
     has_some = wanted.any(axis=1).to_numpy()
     return mean_table(tidy[has_some], ["probability at step 1"])
@@ -102,6 +118,21 @@ def _of_written(written: pd.DataFrame, wanted: pd.DataFrame) -> pd.DataFrame:
     return mean_table(tidy, ["share of written labels"])
 
 # %% ../../nbs/metrics/10_demonstration_labels.ipynb #65a341e6
+def _f1_rows(answers: pd.DataFrame) -> pd.DataFrame:
+    "Two rows of `prediction_metrics`, as rows of a table with a column `quantity`."
+    rows = answers.loc[["example-F1", "micro-F1"]]
+    return rows.rename_axis("quantity").reset_index()
+
+
+def _towards(
+    target: str, f1: pd.DataFrame, trace: Trace, written: pd.DataFrame, wanted: pd.DataFrame
+) -> pd.DataFrame:
+    "How far answers and step 1 go with the wanted labels; each quantity is followed by the target."
+    parts = [_f1_rows(f1), _at_step_one(trace, wanted), _of_written(written, wanted)]
+    table = pd.concat(parts, ignore_index=True)
+    return table.assign(quantity=table["quantity"] + f", {target}")
+
+
 def _following(
     trace: Trace, task: AnnotatedTexts, gold: pd.DataFrame, swaps: dict[str, str]
 ) -> pd.DataFrame:
@@ -112,34 +143,13 @@ def _following(
     passed_back = written[[swaps[name] for name in names]].set_axis(names, axis=1)
     deranged = gold.rename(columns=swaps)[names]
 
-    answers = prediction_metrics(written, task)
-    with_gold = [_f1_rows(answers), _at_step_one(trace, gold), _of_written(written, gold)]
-    answers = prediction_metrics(passed_back, task)
-    with_deranged = [
-        _f1_rows(answers),
-        _at_step_one(trace, deranged),
-        _of_written(written, deranged),
-    ]
+    f1 = prediction_metrics(written, task)
+    of_gold = _towards("gold", f1, trace, written, gold)
+    f1 = prediction_metrics(passed_back, task)
+    of_deranged = _towards("deranged gold", f1, trace, written, deranged)
     outputs = summarise(trace, steps=0)
     outputs = outputs.loc[["share of outputs with none", "share of irregular outputs"]]
-    tables = [
-        _named_after(with_gold, "gold"),
-        _named_after(with_deranged, "deranged gold"),
-        outputs.reset_index(),
-    ]
-    return pd.concat(tables, ignore_index=True)
-
-
-def _f1_rows(answers: pd.DataFrame) -> pd.DataFrame:
-    "Two rows of `prediction_metrics`, as rows of a table with a column `quantity`."
-    rows = answers.loc[["example-F1", "micro-F1"]]
-    return rows.rename_axis("quantity").reset_index()
-
-
-def _named_after(tables: list[pd.DataFrame], target: str) -> pd.DataFrame:
-    "The tables in one, each quantity followed by its target."
-    table = pd.concat(tables, ignore_index=True)
-    return table.assign(quantity=table["quantity"] + f", {target}")
+    return pd.concat([of_gold, of_deranged, outputs.reset_index()], ignore_index=True)
 
 # %% ../../nbs/metrics/10_demonstration_labels.ipynb #496ff5dd
 DEMONSTRATION_KINDS = ("gold", "flipped", "unrelated")
@@ -175,25 +185,20 @@ def vary_demonstration_labels(
     the seed's deranged gold labels (", deranged gold"): example-F1 and micro-F1; probability at
     step 1, summed over these labels (softmax over Y+), mean over items with gold labels; share of
     written labels that are among them, n counts items that wrote one. Beside them: share of
-    outputs with none, share of irregular outputs.
-
-    Raises `ValueError`, before the model runs, for an unknown kind, shots below 1, a task of one
-    label, without train split or gold labels, and too few unrelated words or demonstrations.
+    outputs with none, share of irregular outputs. Raises `ValueError`, before the model runs, for
+    an unknown kind, shots below 1, a task of one label, without train split or gold labels, and too
+    few unrelated words or demonstrations.
     """
     multi_share = probe_options.pop("multi_share", 0.5)
-    fmt = probe_options.get("fmt", "json")
-    known = list(DEMONSTRATION_KINDS)
     check_experiment(task, [shots], seeds, probe_options)
-    check_values("kinds", kinds, known.__contains__, f"choose from {known}")
+    check_values("kinds", kinds, partial(check_choice, choices=DEMONSTRATION_KINDS))
     gold = task.majority()
     swaps = {seed: derangement(task.labels, seed) for seed in seeds}
-    conditions = []
-    for kind in kinds:
-        for seed in seeds:
-            conditions.append(_label_condition(lm, task, kind, shots, seed, multi_share, fmt))
-    return probe_each(
-        lm,
-        conditions,
-        lambda trace, condition: _following(trace, task, gold, swaps[condition.keys["seed"]]),
-        **probe_options,
-    )
+    prompt = {"shots": shots, "multi_share": multi_share, "fmt": probe_options.get("fmt", "json")}
+    pairs = [(kind, seed) for kind in kinds for seed in seeds]
+    conditions = [_label_condition(lm, task, kind, seed=seed, **prompt) for kind, seed in pairs]
+
+    def measure(trace, condition):
+        return _following(trace, task, gold, swaps[condition.keys["seed"]])
+
+    return probe_each(lm, conditions, measure, **probe_options)

@@ -10,12 +10,14 @@ __all__ = ['LABEL_ORDERS', 'Condition', 'probe_each', 'check_values', 'check_exp
 
 # %% ../../nbs/metrics/09_experiments.ipynb #4c83997a
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from ..data.checks import check_choice, check_number, check_whole
 from ..data.demonstrations import demonstrations_for
 from ..data.labels import LabelSet
 from ..data.texts import AnnotatedTexts, reorder_labels
@@ -37,6 +39,31 @@ class Condition(NamedTuple):
     shown: list[tuple[str, tuple[str, ...]]]  # demonstrations (text, labels)
 
 # %% ../../nbs/metrics/09_experiments.ipynb #3502928f
+def _length_of(shown: list[tuple[str, tuple[str, ...]]]) -> int:
+    "The length of demonstrations in characters."
+    return sum(len(text) + len(" ".join(chosen)) for text, chosen in shown)
+
+
+def _longest_first(conditions: Sequence[Condition]) -> np.ndarray:
+    "The positions of the conditions, the one with the longest demonstrations first."
+    sizes = [_length_of(condition.shown) for condition in conditions]
+    return np.argsort([-size for size in sizes], kind="stable")
+
+
+def _probe(lm: LM, condition: Condition, probe_options: dict) -> Trace:
+    "The trace of one condition."
+    keys, task, shown = condition
+    return probe_steps(
+        lm,
+        task,
+        len(shown),
+        seed=keys["seed"],
+        demonstrations=shown,
+        progress=False,
+        **probe_options,
+    )
+
+# %% ../../nbs/metrics/09_experiments.ipynb #c90d1267
 def probe_each(
     lm: LM,
     conditions: Sequence[Condition],
@@ -44,52 +71,50 @@ def probe_each(
     progress: bool = True,
     **probe_options,  # of `probe_steps`
 ) -> pd.DataFrame:
-    "The tables measure(trace, condition) of all conditions in one, with their keys in front."
-    sizes = [_length_of(condition.shown) for condition in conditions]
-    longest_first = np.argsort([-size for size in sizes], kind="stable")
+    """The tables measure(trace, condition) of all conditions in one, with their keys in front.
+
+    Raises `ValueError` for no conditions, and as `probe_steps` does.
+    """
+    if not conditions:
+        raise ValueError("there are no conditions to probe: give at least one")
     tables = [None] * len(conditions)
-    for i in tqdm(
-        longest_first, desc=f"prompting {lm.name}", unit="prompt", **bar_options(progress)
-    ):
-        keys, task, shown = conditions[i]
-        trace = probe_steps(
-            lm,
-            task,
-            len(shown),
-            seed=keys["seed"],
-            demonstrations=shown,
-            progress=False,
-            **probe_options,
-        )
-        table = measure(trace, conditions[i]).assign(**keys)
-        tables[i] = table[[*keys, "quantity", "value", "low", "high", "n"]]
+    bar = {"desc": f"prompting {lm.name}", "unit": "prompt", **bar_options(progress)}
+    for i in tqdm(_longest_first(conditions), **bar):
+        condition = conditions[i]
+        trace = _probe(lm, condition, probe_options)
+        table = measure(trace, condition).assign(**condition.keys)
+        tables[i] = table[[*condition.keys, "quantity", "value", "low", "high", "n"]]
     return pd.concat(tables, ignore_index=True)
 
-
-def _length_of(shown: list[tuple[str, tuple[str, ...]]]) -> int:
-    "The length of demonstrations in characters."
-    return sum(len(text) + len(" ".join(chosen)) for text, chosen in shown)
-
 # %% ../../nbs/metrics/09_experiments.ipynb #b4bd799b
-def check_values(name: str, values: Sequence, fits: Callable[[object], bool], way_out: str):
-    "Raise `ValueError` for no list of values, or naming the first value that does not fit."
+def _check_list(name: str, values: Sequence):
+    "Raise `ValueError` unless this is a list of at least one value."
     if isinstance(values, str) or not hasattr(values, "__len__") or not len(values):
         raise ValueError(f"{name} is {values!r}: give a list or tuple of at least one value")
+
+
+def check_values(name: str, values: Sequence, check: Callable[[str, object], object]):
+    """Raise `ValueError` for no list of values, for a value that is there twice, and as `check`.
+
+    check: a function of a name for the message and of one value, such as those of `data.checks`.
+    """
+    _check_list(name, values)
     for value in values:
-        if not fits(value):
-            raise ValueError(f"{name} holds {value!r}: {way_out}")
-
-
-def _check_whole(name: str, values: Sequence[int], least: int):
-    "Raise `ValueError` unless these are whole numbers, `least` or more."
-    check_values(
-        name,
-        values,
-        lambda value: value >= least and value == int(value),
-        f"give whole numbers, {least} or more",
-    )
+        check(f"a value of {name}", value)
+    if len(set(values)) < len(values):
+        raise ValueError(f"{name} is {values!r}: give each value once")
 
 # %% ../../nbs/metrics/09_experiments.ipynb #cda6d8e0
+def _check_not_taken(probe_options: dict, fixed: Sequence[str]):
+    "Raise `ValueError` for options of `probe_steps` that the experiment sets itself."
+    taken = {"demonstrations", "labels", "seed", *fixed} & set(probe_options)
+    if taken:
+        raise ValueError(
+            f"the experiment sets {', '.join(sorted(taken))} itself: leave it out; several draws "
+            "of demonstrations are seeds=(0, 1, ...)"
+        )
+
+
 def check_experiment(
     task: AnnotatedTexts,
     shots: Sequence[int],
@@ -99,14 +124,14 @@ def check_experiment(
     fixed: Sequence[str] = (),  # options of `probe_steps` that the experiment sets itself
 ):
     "Raise `ValueError` for what no condition could run with."
-    taken = {"demonstrations", "labels", "seed", *fixed} & set(probe_options)
-    if taken:
-        raise ValueError(
-            f"the experiment sets {', '.join(sorted(taken))} itself: leave it out; several draws "
-            "of demonstrations are seeds=(0, 1, ...)"
-        )
-    _check_whole("shots", shots, least_shots)
-    _check_whole("seeds", seeds, 0)
+    _check_not_taken(probe_options, fixed)
+    check_values("shots", shots, partial(check_whole, least=least_shots))
+    check_values("seeds", seeds, partial(check_whole, least=0))
+    _check_texts(task, shots)
+
+
+def _check_texts(task: AnnotatedTexts, shots: Sequence[int]):
+    "Raise `ValueError` for a task without texts, or without any to draw demonstrations from."
     if not len(task):
         raise ValueError(f"{task.name} has no texts to probe: give a task with texts")
     if max(shots) and task.pool is None:
@@ -115,7 +140,7 @@ def check_experiment(
             "give a task with a split 'train'"
         )
 
-
+# %% ../../nbs/metrics/09_experiments.ipynb #db29d3a0
 def _check_multi(task: AnnotatedTexts, what: str):
     "Raise `ValueError` for a single-label task; what: why this experiment makes no sense there."
     if not task.labels.is_multi:
@@ -124,9 +149,8 @@ def _check_multi(task: AnnotatedTexts, what: str):
         )
 
 # %% ../../nbs/metrics/09_experiments.ipynb #8a55cc21
-def _answer_sizes(trace: Trace, gold_sizes: pd.Series, shown: list) -> pd.DataFrame:
-    "How many labels outputs, gold sets and demonstrations have: quantity, value, low, high, n."
-    written = summarise(trace, steps=0).drop("share of irregular outputs").reset_index()
+def _gold_and_written(trace: Trace, gold_sizes: pd.Series) -> pd.DataFrame:
+    "How many labels outputs and gold sets have: quantity, value, low, high, n and rows."
     sizes = {
         "mean number of labels written": trace.predictions().sum(axis=1),
         "gold share with several labels": gold_sizes > 1,
@@ -134,17 +158,35 @@ def _answer_sizes(trace: Trace, gold_sizes: pd.Series, shown: list) -> pd.DataFr
         "mean number of gold labels": gold_sizes,
     }
     tidy = pd.DataFrame(sizes).rename_axis("example").reset_index()
-    means = mean_table(tidy, list(sizes))
+    return mean_table(tidy, list(sizes))
 
+
+def _share_shown(shown: list) -> pd.DataFrame:
+    "The share of the demonstrations with several labels: quantity, value and n."
     several = [len(chosen) > 1 for _, chosen in shown]
-    demonstrated = {
-        "quantity": "share of demonstrations with several labels",
-        "value": np.mean(several),
-        "n": len(shown),
-    }
-    return pd.concat([written, means, pd.DataFrame([demonstrated])], ignore_index=True)
+    name = "share of demonstrations with several labels"
+    return pd.DataFrame([{"quantity": name, "value": np.mean(several), "n": len(shown)}])
+
+
+def _answer_sizes(trace: Trace, gold_sizes: pd.Series, shown: list) -> pd.DataFrame:
+    "How many labels outputs, gold sets and demonstrations have: quantity, value, low, high, n."
+    written = summarise(trace, steps=0).drop("share of irregular outputs").reset_index()
+    tables = [written, _gold_and_written(trace, gold_sizes), _share_shown(shown)]
+    return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/metrics/09_experiments.ipynb #fac853e4
+def _share_conditions(
+    task: AnnotatedTexts, shares: Sequence[float], shots: int, seeds: Sequence[int]
+) -> list[Condition]:
+    "A condition for each share of multi-label demonstrations and each seed."
+    conditions = []
+    for share in shares:
+        for seed in seeds:
+            shown = demonstrations_for(task, shots, seed, share)
+            conditions.append(Condition({"share": share, "seed": seed}, task, shown))
+    return conditions
+
+
 def vary_multi_share(
     lm: LM,
     task: AnnotatedTexts,  # with a train split
@@ -155,42 +197,49 @@ def vary_multi_share(
 ) -> pd.DataFrame:
     """How many labels are written, by the share of multi-label demonstrations (paper, Figure 6).
 
-    Columns: share, seed, quantity, value, low, high and n. Quantities: share of outputs with
-    several labels, share of outputs with none, mean number of labels written; the same of the
-    task's gold sets; and, without an interval, the true share of demonstrations with several labels
-    (`share`, rounded to whole demonstrations).
-
-    Raises `ValueError`, before the model runs, for a share outside 0 to 1, shots below 1, a
-    single-label task, a task without train split or gold labels, and a train split with too few
-    texts of a kind.
+    Columns: share, seed, quantity, value, low, high and n. Quantities: shares of outputs with
+    several labels and with none, mean number of labels written; the same of the gold sets; and,
+    without an interval, the true share of demonstrations with several labels (`share`, rounded to
+    whole demonstrations). Raises `ValueError`, before the model runs, for a share outside 0 to 1,
+    shots below 1, a single-label task, a task without train split or gold labels, and a train split
+    with too few texts of a kind.
     """
     check_experiment(task, [shots], seeds, probe_options, fixed=["multi_share"])
-    check_values("shares", shares, lambda share: 0 <= share <= 1, "give shares from 0 to 1")
+    check_values("shares", shares, partial(check_number, least=0, most=1))
     _check_multi(task, "no demonstration has several")
     gold_sizes = task.majority().sum(axis=1)
-    conditions = []
-    for share in shares:
-        for seed in seeds:
-            shown = demonstrations_for(task, shots, seed, share)
-            conditions.append(Condition({"share": share, "seed": seed}, task, shown))
-    return probe_each(
-        lm,
-        conditions,
-        lambda trace, condition: _answer_sizes(trace, gold_sizes, condition.shown),
-        **probe_options,
-    )
+    conditions = _share_conditions(task, shares, shots, seeds)
+
+    def measure(trace, condition):
+        return _answer_sizes(trace, gold_sizes, condition.shown)
+
+    return probe_each(lm, conditions, measure, **probe_options)
 
 # %% ../../nbs/metrics/09_experiments.ipynb #d3e154e2
 LABEL_ORDERS = ("alphabetical", "random", "reverse")
 
 
 def ordered_names(labels: LabelSet, order: str, seed: int) -> list[str]:
-    "The labels' names in one of the `LABEL_ORDERS`; the seed is that of the random order."
+    """The labels' names in one of the `LABEL_ORDERS`; the seed is that of the random order.
+
+    Raises `ValueError` for another order, and for a seed that is no whole number from 0 on.
+    """
+    check_choice("order", order, LABEL_ORDERS)
+    check_whole("seed", seed, least=0)
     if order == "random":
         return np.random.default_rng(seed).permutation(list(labels)).tolist()
     return sorted(labels, reverse=order == "reverse")
 
 # %% ../../nbs/metrics/09_experiments.ipynb #518494ba
+def _order_condition(
+    task: AnnotatedTexts, order: str, shots: int, seed: int, multi_share: float
+) -> Condition:
+    "The prompt that lists the labels in this order; the demonstrations follow it."
+    listed = reorder_labels(task, ordered_names(task.labels, order, seed))
+    keys = {"order": order, "listed": ", ".join(listed.labels), "seed": seed}
+    return Condition(keys, listed, demonstrations_for(listed, shots, seed, multi_share))
+
+
 def vary_label_order(
     lm: LM,
     task: AnnotatedTexts,  # with a train split
@@ -204,39 +253,49 @@ def vary_label_order(
     Columns: order, listed (the labels as the instruction lists them), seed, quantity, value, low,
     high and n. Quantities are those of `label_order`, shares of the outputs with several labels:
     alphabetical, instruction's order (that of `listed`), reverse of the instruction's. n counts
-    these outputs; where it is 0 the value is NaN.
-
-    Raises `ValueError`, before the model runs, for an unknown order, shots below 0, a single-label
-    task, a task without train split, and a train split with too few texts of a kind.
+    these outputs; where it is 0 the value is NaN. Raises `ValueError`, before the model runs, for
+    an unknown order, shots below 0, a single-label task, a task without train split, and a train
+    split with too few texts of a kind.
     """
     multi_share = probe_options.pop("multi_share", 0.5)
     check_experiment(task, [shots], seeds, probe_options, least_shots=0)
-    check_values("orders", orders, LABEL_ORDERS.__contains__, f"choose from {list(LABEL_ORDERS)}")
+    check_values("orders", orders, partial(check_choice, choices=LABEL_ORDERS))
     _check_multi(task, "there is no order in its answers")
     conditions = []
     for order in orders:
         for seed in seeds:
-            listed = reorder_labels(task, ordered_names(task.labels, order, seed))
-            keys = {"order": order, "listed": ", ".join(listed.labels), "seed": seed}
-            shown = demonstrations_for(listed, shots, seed, multi_share)
-            conditions.append(Condition(keys, listed, shown))
+            conditions.append(_order_condition(task, order, shots, seed, multi_share))
     return probe_each(lm, conditions, lambda trace, condition: label_order(trace), **probe_options)
 
 # %% ../../nbs/metrics/09_experiments.ipynb #e65371ee
+_SPIKES = [
+    "share of outputs with several labels",
+    "top probability, step 1",
+    "entropy (bits), step 1",
+]
+
+
 def _answer_quality(trace: Trace, task: AnnotatedTexts) -> pd.DataFrame:
     "How good the answers are and how sharp step 1 is: quantity, value, low, high, n."
     answers = prediction_metrics(trace.predictions(), task).rename_axis("quantity")
     answers = answers.loc[["example-F1", "distinct answers"]]
-    spikes = summarise(trace, steps=1).loc[
-        [
-            "share of outputs with several labels",
-            "top probability, step 1",
-            "entropy (bits), step 1",
-        ]
-    ]
+    spikes = summarise(trace, steps=1).loc[_SPIKES]
     return pd.concat([answers, spikes]).reset_index()
 
 # %% ../../nbs/metrics/09_experiments.ipynb #f6cb4b38
+def _shot_conditions(
+    task: AnnotatedTexts, shots: Sequence[int], seeds: Sequence[int], multi_share: float
+) -> list[Condition]:
+    "A condition for each number of demonstrations and each seed; 0 shots for the first seed only."
+    conditions = []
+    for count in shots:
+        drawn_seeds = seeds if count else seeds[:1]
+        for seed in drawn_seeds:
+            shown = demonstrations_for(task, count, seed, multi_share)
+            conditions.append(Condition({"shots": count, "seed": seed}, task, shown))
+    return conditions
+
+
 def vary_shots(
     lm: LM,
     task: AnnotatedTexts,  # with a train split, unless shots is (0,)
@@ -250,20 +309,14 @@ def vary_shots(
     (different label sets written, without an interval); share of outputs with several labels; top
     probability and entropy (bits, over Y+) at step 1. Without demonstrations there is nothing to
     draw, so 0 shots run for the first seed only. Half of the demonstrations have several labels,
-    rounded to even (1 shot: none), unless `multi_share` says otherwise.
-
-    Raises `ValueError`, before the model runs, for shots below 0, a task without train split or
-    gold labels, and a train split with too few texts of a kind.
+    rounded to even (1 shot: none), unless `multi_share` says otherwise. Raises `ValueError`, before
+    the model runs, for shots below 0, a task without train split or gold labels, and a train split
+    with too few texts of a kind.
     """
     multi_share = probe_options.pop("multi_share", 0.5)
     check_experiment(task, shots, seeds, probe_options, least_shots=0)
     task.majority()  # raises where gold labels are missing
-    conditions = []
-    for count in shots:
-        drawn_seeds = seeds if count else seeds[:1]
-        for seed in drawn_seeds:
-            shown = demonstrations_for(task, count, seed, multi_share)
-            conditions.append(Condition({"shots": count, "seed": seed}, task, shown))
+    conditions = _shot_conditions(task, shots, seeds, multi_share)
     return probe_each(
         lm, conditions, lambda trace, condition: _answer_quality(trace, task), **probe_options
     )

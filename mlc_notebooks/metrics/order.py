@@ -9,13 +9,15 @@ __all__ = ['next_labels', 'next_label_shares', 'first_and_final', 'first_final_a
            'label_order']
 
 # %% ../../nbs/metrics/02_order.ipynb #e7fa6ac2
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
 
+from ..data.checks import check_whole
 from ..data.labels import LabelSet
 from ..data.texts import AnnotatedTexts
+from .inputs import check_trace, gold_of
 from .profiles import first_step_marginals, label_ranking_precision
 from .statistics import mean_table
 from ..probing.trace import Trace
@@ -49,24 +51,44 @@ def _next_and_never(outcome: str | None, entries: Sequence[str], step: int) -> t
 _WHAT_CAME = ["runner_up_next", "runner_up_never", "second_next", "second_never"]
 
 
-def _steps_of_answer(labels: LabelSet, entries: list[str], probs: np.ndarray) -> list[dict]:
+def _what_came(name: str, outcome: str | None, entries: list[str], step: int) -> dict[str, float]:
+    "Whether an outcome, `name` in the columns, was written next after this step, or never."
+    is_next, never = _next_and_never(outcome, entries, step)
+    return {f"{name}_next": is_next, f"{name}_never": never}
+
+
+def _row_of_step(
+    labels: LabelSet, entries: list[str], distributions: list[dict], step: int
+) -> dict:
+    "The row of `next_labels` for one step, counted from 1, of an answer with these entries."
+    now = distributions[step - 1]
+    second, runner_up = _second_and_runner_up(labels, now, entries[:step])
+    row = {"step": step, "last": step == len(entries), "second": now[second]}
+    row["runner_up"] = runner_up
+    if row["last"]:
+        return row
+    row["next_now"] = now.get(entries[step], np.nan)
+    row["second_after"] = distributions[step][second]
+    row |= _what_came("runner_up", runner_up, entries, step)
+    return row | _what_came("second", second, entries, step)
+
+
+def _rows_of_answer(labels: LabelSet, entries: list[str], probs: np.ndarray) -> list[dict]:
     "The rows of `next_labels` for one answer: what it wrote, and its distributions (steps, L+1)."
     distributions = [dict(zip(labels.outcomes, row)) for row in probs]
-    rows = []
-    for step, now in enumerate(distributions, 1):
-        second, runner_up = _second_and_runner_up(labels, now, entries[:step])
-        row = {"step": step, "last": step == len(entries)}
-        row["second"] = now[second]
-        row["runner_up"] = runner_up
-        if not row["last"]:
-            row["next_now"] = now.get(entries[step], np.nan)
-            row["second_after"] = distributions[step][second]
-            for name, outcome in [("runner_up", runner_up), ("second", second)]:
-                is_next, never = _next_and_never(outcome, entries, step)
-                row[f"{name}_next"] = is_next
-                row[f"{name}_never"] = never
-        rows.append(row)
-    return rows
+    steps = range(1, len(entries) + 1)
+    return [_row_of_step(labels, entries, distributions, step) for step in steps]
+
+# %% ../../nbs/metrics/02_order.ipynb #8418f76f
+_NEXT_COLUMNS = ["example", "step", "last", "second", "next_now", "second_after", "runner_up"]
+
+
+def _answers(trace: Trace) -> Iterator[tuple[str, list[str], np.ndarray]]:
+    "Each answer: its item, what its steps wrote, and their distributions (steps, L+1)."
+    probs = trace.probs
+    steps = trace.steps.reset_index(drop=True)
+    for example, wrote in steps.groupby("example", sort=False)["wrote"]:
+        yield example, list(wrote), probs[wrote.index]
 
 
 def next_labels(trace: Trace) -> pd.DataFrame:
@@ -77,15 +99,15 @@ def next_labels(trace: Trace) -> pd.DataFrame:
     step all but second and runner_up are NaN. Where all labels are written and a repeat follows,
     there is no runner-up. A next entry that is no label counts as another label, without next_now.
     """
-    probs = trace.probs
+    check_trace(trace)
     rows = []
-    for example, wrote in trace.steps.groupby("example", sort=False)["wrote"]:
-        for row in _steps_of_answer(trace.labels, list(wrote), probs[wrote.index]):
+    for example, wrote, probs in _answers(trace):
+        for row in _rows_of_answer(trace.labels, wrote, probs):
             rows.append({"example": example, **row})
 
-    columns = ["example", "step", "last", "second", "next_now", "second_after", "runner_up"]
     numbers = ["next_now", "second_after", *_WHAT_CAME]
-    return pd.DataFrame(rows, columns=[*columns, *_WHAT_CAME]).astype(dict.fromkeys(numbers, float))
+    table = pd.DataFrame(rows, columns=[*_NEXT_COLUMNS, *_WHAT_CAME])
+    return table.astype(dict.fromkeys(numbers, float))
 
 # %% ../../nbs/metrics/02_order.ipynb #74a7071a
 def next_label_shares(trace: Trace, most_steps: int = 4) -> pd.DataFrame:
@@ -94,6 +116,7 @@ def next_label_shares(trace: Trace, most_steps: int = 4) -> pd.DataFrame:
     Columns: step ("all", 1, 2, ... up to `most_steps`), quantity, value, low, high, n and rows.
     runner_up_never and second_never are shares of those that are not written next.
     """
+    check_whole("most_steps", most_steps, least=1)
     steps = next_labels(trace)
     steps = steps[~steps["last"]]
     quantities = [*_WHAT_CAME, "next_now", "second_after"]
@@ -108,6 +131,12 @@ def _written_labels(trace: Trace) -> dict[str, list[str]]:
     for item, outcomes in trace.items["outcomes"].items():
         written[item] = [name for name in outcomes if name in trace.labels]
     return written
+
+
+def _several_labels(trace: Trace) -> dict[str, list[str]]:
+    "`_written_labels` of the answers with two labels or more."
+    check_trace(trace)
+    return {item: names for item, names in _written_labels(trace).items() if len(names) > 1}
 
 
 def _are_the_top(written: list[int], first: np.ndarray) -> float:
@@ -125,6 +154,9 @@ def _order_correlation(written: list[int], first: np.ndarray) -> float:
     return kendalltau(-first[written], range(len(written))).statistic
 
 # %% ../../nbs/metrics/02_order.ipynb #80fa6fdf
+_FORETOLD = ["top_k_match", "order_correlation", "average_precision"]
+
+
 def first_and_final(trace: Trace) -> pd.DataFrame:
     """One row per item that wrote a label: how well step 1 foretells the answer.
 
@@ -136,13 +168,15 @@ def first_and_final(trace: Trace) -> pd.DataFrame:
     rows = []
     for position, (item, names) in enumerate(_written_labels(trace).items()):
         if names:
-            first = first_steps[position]
-            written = [trace.labels.index(name) for name in names]
-            match = _are_the_top(written, first)
-            tau = _order_correlation(written, first)
-            rows.append((item, len(written), match, tau, precision[position]))
-    columns = ["example", "labels", "top_k_match", "order_correlation", "average_precision"]
-    return pd.DataFrame(rows, columns=columns)
+            foretold = _foretold(trace.labels, names, first_steps[position])
+            rows.append((item, len(names), *foretold, precision[position]))
+    return pd.DataFrame(rows, columns=["example", "labels", *_FORETOLD])
+
+
+def _foretold(labels: LabelSet, names: list[str], first: np.ndarray) -> tuple[float, float]:
+    "Whether the labels written are the top of step 1 (L,), and how well the orders agree."
+    written = [labels.index(name) for name in names]
+    return _are_the_top(written, first), _order_correlation(written, first)
 
 # %% ../../nbs/metrics/02_order.ipynb #5755d181
 def first_final_agreement(trace: Trace) -> pd.DataFrame:
@@ -151,19 +185,43 @@ def first_final_agreement(trace: Trace) -> pd.DataFrame:
     Columns: answers ("all", "one label", "several labels"), quantity, value, low, high, n, rows.
     """
     items = first_and_final(trace)
-    quantities = ["top_k_match", "order_correlation", "average_precision"]
-    everyone = mean_table(items.assign(answers="all"), quantities, by=["answers"])
     size = np.where(items["labels"] > 1, "several labels", "one label")
-    by_size = mean_table(items.assign(answers=size), quantities, by=["answers"])
+    everyone = mean_table(items.assign(answers="all"), _FORETOLD, by=["answers"])
+    by_size = mean_table(items.assign(answers=size), _FORETOLD, by=["answers"])
     return pd.concat([everyone, by_size], ignore_index=True)
 
 # %% ../../nbs/metrics/02_order.ipynb #063748c3
+def _rankings(trace: Trace) -> dict[str, list[str]]:
+    "The labels from the likeliest of step 1 on, for each answer with several labels."
+    first = pd.DataFrame(first_step_marginals(trace), trace.items.index, list(trace.labels))
+    rankings = {}
+    for item in _several_labels(trace):
+        likeliest_first = first.loc[item].sort_values(ascending=False, kind="stable")
+        rankings[item] = list(likeliest_first.index)
+    return rankings
+
+
+def _steps_of_ranks(trace: Trace, ranks: Sequence[int]) -> pd.DataFrame:
+    "For each multi-label answer and rank of step 1: example, rank and written_at."
+    first_written = trace.steps.groupby(["example", "wrote"])["step"].min().to_dict()
+    rows = []
+    for item, ranked in _rankings(trace).items():
+        for rank in ranks:
+            if rank <= len(ranked):
+                step = first_written.get((item, ranked[rank - 1]), "never")
+                rows.append((item, rank, str(step)))
+    return pd.DataFrame(rows, columns=["example", "rank", "written_at"])
+
+
 def rank_histogram(trace: Trace, ranks: Sequence[int] = (1, 2, 3, 4)) -> pd.DataFrame:
     """The shares of multi-label answers by the step at which a rank (of step 1, over Y) is written.
 
     Columns: rank, written_at ("1", "2", ... or "never"), quantity ("share"), value, low, high, n
-    and rows (Figure 11).
+    and rows (Figure 11). Ranks beyond the number of labels have no rows.
     """
+    check_trace(trace)
+    for rank in ranks:
+        check_whole("a rank", rank, least=1)
     tidy = _steps_of_ranks(trace, ranks)
     shares = pd.get_dummies(tidy["written_at"], dtype=float)
     in_order = sorted(shares.columns, key=lambda step: (len(step), step))
@@ -171,49 +229,39 @@ def rank_histogram(trace: Trace, ranks: Sequence[int] = (1, 2, 3, 4)) -> pd.Data
     table = mean_table(tidy, in_order, by=["rank"])
     return table.rename(columns={"quantity": "written_at"}).assign(quantity="share")
 
-
-def _steps_of_ranks(trace: Trace, ranks: Sequence[int]) -> pd.DataFrame:
-    "For each multi-label answer and rank of step 1: example, rank and written_at."
-    first_written = trace.steps.groupby(["example", "wrote"])["step"].min().to_dict()
-    first_steps = pd.DataFrame(first_step_marginals(trace), trace.items.index, list(trace.labels))
-    several = trace.predictions().sum(axis=1) > 1
-    rows = []
-    for item, first in first_steps[several].iterrows():
-        ranked = list(first.sort_values(ascending=False, kind="stable").index)
-        for rank in ranks:
-            if rank <= len(ranked):
-                step = first_written.get((item, ranked[rank - 1]), "never")
-                rows.append((item, rank, str(step)))
-    return pd.DataFrame(rows, columns=["example", "rank", "written_at"])
-
 # %% ../../nbs/metrics/02_order.ipynb #8e5ca3df
+def _right_by_position(trace: Trace, gold: pd.DataFrame, positions: int) -> pd.DataFrame:
+    "One row per label of a multi-label answer: example, position in the answer, correct (0 or 1)."
+    rows = []
+    for item, names in _several_labels(trace).items():
+        for position, name in enumerate(names[:positions], 1):
+            rows.append((item, position, float(gold.loc[item, name])))
+    return pd.DataFrame(rows, columns=["example", "position", "correct"])
+
+
 def order_accuracy(trace: Trace, task: AnnotatedTexts, positions: int = 3) -> pd.DataFrame:
     """The share of right labels among those written first, second, ... (Figure 5), with intervals.
 
     Only answers with two labels or more count. Columns: position, quantity, value, low, high, n
-    and rows. Raises `ValueError` naming an item that the task does not have.
+    and rows. Raises `ValueError` naming an item that the task does not have, and for other labels.
     """
-    gold = task.at(trace.items.index).majority()
-    rows = []
-    for item, names in _written_labels(trace).items():
-        if len(names) < 2:
-            continue
-        for position, name in enumerate(names[:positions], 1):
-            rows.append((item, position, float(gold.loc[item, name])))
-    tidy = pd.DataFrame(rows, columns=["example", "position", "correct"])
+    check_whole("positions", positions, least=1)
+    tidy = _right_by_position(trace, gold_of(trace, task), positions)
     return mean_table(tidy, ["correct"], by=["position"])
 
 # %% ../../nbs/metrics/02_order.ipynb #eef2cd00
+def _orders_kept(names: list[str], labels: LabelSet) -> tuple[bool, bool, bool]:
+    "Whether labels stand in the order of the alphabet, of the instruction, of its reverse."
+    alphabetical = sorted(names, key=str.casefold)
+    listed = sorted(names, key=labels.names.index)
+    return names == alphabetical, names == listed, names == listed[::-1]
+
+
 def label_order(trace: Trace) -> pd.DataFrame:
     """The shares of multi-label answers in three orders: that of the alphabet, of the instruction,
     and the reverse of the instruction's. Columns: quantity, value, low, high, n and rows.
     """
-    rows = []
-    for item, names in _written_labels(trace).items():
-        if len(names) < 2:
-            continue
-        listed = sorted(names, key=trace.labels.names.index)
-        alphabetical = sorted(names, key=str.casefold)
-        rows.append((item, names == alphabetical, names == listed, names == listed[::-1]))
+    several = _several_labels(trace)
+    rows = [(item, *_orders_kept(names, trace.labels)) for item, names in several.items()]
     orders = ["alphabetical", "instruction's order", "reverse of the instruction's"]
     return mean_table(pd.DataFrame(rows, columns=["example", *orders]), orders)

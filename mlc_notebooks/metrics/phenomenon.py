@@ -8,11 +8,12 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/metrics/phenomenon.html.md""
 __all__ = ['summarise', 'phenomenon_table', 'by_trace']
 
 # %% ../../nbs/metrics/08_phenomenon.ipynb #2f6014d4
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 
 from ..data.answers import IRREGULAR_FLAGS
+from ..data.checks import check_choice, check_whole
 from ..data.texts import AnnotatedTexts
 from mlc_notebooks.metrics.order import (
     first_final_agreement,
@@ -31,6 +32,21 @@ from .statistics import bootstrap_means
 from ..probing.trace import Trace
 
 # %% ../../nbs/metrics/08_phenomenon.ipynb #e616b114
+def _is_irregular(flags: tuple[str, ...]) -> bool:
+    "Does an output with these flags count as irregular?"
+    return not IRREGULAR_FLAGS.isdisjoint(flags)
+
+
+def _kinds_of_output(trace: Trace) -> dict[str, pd.Series]:
+    "Whether each output has several labels, none, or is irregular (n,), by the name of the share."
+    outcomes = trace.items["outcomes"]
+    return {
+        "share of outputs with several labels": trace.predictions().sum(axis=1) > 1,
+        "share of outputs with none": outcomes.map(lambda names: names == (trace.labels.none,)),
+        "share of irregular outputs": trace.items["flags"].map(_is_irregular),
+    }
+
+# %% ../../nbs/metrics/08_phenomenon.ipynb #f9a00205
 _SUMMARISED = {
     "top": "top probability",
     "second": "second probability",
@@ -39,50 +55,42 @@ _SUMMARISED = {
 }
 
 
+def _at_step(profile: pd.DataFrame, step: int) -> dict[str, pd.Series]:
+    "What `step_profile` has of one step, by the names of `summarise`."
+    here = profile[profile["step"] == step]
+    return {f"{name}, step {step}": here[column] for column, name in _SUMMARISED.items()}
+
+
 def summarise(trace: Trace, steps: int = 2) -> pd.DataFrame:
     """The short table of a trace: value, low, high and n by `quantity`, with intervals over items.
 
     Quantities: the shares of outputs with several labels, with none and irregular; then for each of
     the first `steps` steps the means of top and second probability, entropy and label mass.
     """
-    outcomes = trace.items["outcomes"]
-    values = {
-        "share of outputs with several labels": trace.predictions().sum(axis=1) > 1,
-        "share of outputs with none": outcomes.map(lambda names: names == (trace.labels.none,)),
-        "share of irregular outputs": trace.items["flags"].map(_is_irregular),
-    }
+    check_whole("steps", steps, least=0)
     profile = step_profile(trace)
+    values = _kinds_of_output(trace)
     for step in range(1, steps + 1):
-        at_step = profile[profile["step"] == step]
-        for column, name in _SUMMARISED.items():
-            values[f"{name}, step {step}"] = at_step[column]
-
+        values |= _at_step(profile, step)
     return bootstrap_means(values).set_index("quantity")
-
-
-def _is_irregular(flags: tuple[str, ...]) -> bool:
-    "Does an output with these flags count as irregular?"
-    return not IRREGULAR_FLAGS.isdisjoint(flags)
 
 # %% ../../nbs/metrics/08_phenomenon.ipynb #52710878
 _VALUES = ("quantity", "value", "low", "high", "n", "rows", "excluded")
 
 
+def _in_words(keys: Sequence[str], values: Sequence) -> str:
+    "Columns and their values in one row, as text: 'step 1, position last'."
+    return ", ".join(f"{key} {value}" for key, value in zip(keys, values))
+
+
 def _where(table: pd.DataFrame) -> list[str]:
-    "For each row the columns that are no values, as text: 'step 1, position last'."
+    "For each row the columns that are no values, in words."
     keys = [column for column in table.columns if column not in _VALUES]
-    texts = []
-    for row in table[keys].astype(object).to_numpy():
-        texts.append(", ".join(f"{key} {value}" for key, value in zip(keys, row)))
-    return texts
+    return [_in_words(keys, row) for row in table[keys].astype(object).to_numpy()]
 
 
-def phenomenon_table(trace: Trace, task: AnnotatedTexts | None = None) -> pd.DataFrame:
-    """Every statistic of a trace in one table; those that need gold labels only with the task.
-
-    Columns: statistic, at, quantity, value, low, high, n and excluded, the items or labels that
-    could not be judged, where a statistic counts them.
-    """
+def _statistics(trace: Trace, task: AnnotatedTexts | None) -> dict[str, pd.DataFrame]:
+    "The tables of `phenomenon_table` by statistic."
     parts = {
         "spikiness": spikiness(trace),
         "sorted profile": sorted_profile(trace),
@@ -94,25 +102,47 @@ def phenomenon_table(trace: Trace, task: AnnotatedTexts | None = None) -> pd.Dat
     if task is not None:
         parts["order accuracy"] = order_accuracy(trace, task)
         parts["first step quality"] = first_step_quality(trace, task)
+    return parts
 
-    tables = [table.assign(statistic=name, at=_where(table)) for name, table in parts.items()]
+# %% ../../nbs/metrics/08_phenomenon.ipynb #0f6c468c
+def phenomenon_table(trace: Trace, task: AnnotatedTexts | None = None) -> pd.DataFrame:
+    """Every statistic of a trace in one table; those that need gold labels only with the task.
+
+    Columns: statistic, at, quantity, value, low, high, n and excluded, the items or labels that
+    could not be judged, where a statistic counts them.
+    """
+    tables = []
+    for name, table in _statistics(trace, task).items():
+        tables.append(table.assign(statistic=name, at=_where(table)))
     columns = ["statistic", "at", "quantity", "value", "low", "high", "n", "excluded"]
     return pd.concat(tables, ignore_index=True).reindex(columns=columns)
 
 # %% ../../nbs/metrics/08_phenomenon.ipynb #8d40e927
+def _check_traces(traces: dict[str, Trace], tasks: dict[str, AnnotatedTexts] | None):
+    "Raise `ValueError` for no traces, and naming a trace that has no task where others have."
+    if not isinstance(traces, dict) or not traces:
+        found = "an empty dict" if isinstance(traces, dict) else type(traces).__name__
+        raise ValueError(f"traces is {found}: give a dict of at least one trace by name")
+    if tasks:
+        for name in traces:
+            check_choice("a trace with a task", name, tasks)
+
+
 def by_trace(
     traces: dict[str, Trace],
     statistic: Callable,  # of a trace, or of a trace and a task: a table
     tasks: dict[str, AnnotatedTexts] | None = None,  # by the names of the traces
     **options,  # of `statistic`
 ) -> pd.DataFrame:
-    "The tables of all traces in one, with the column `trace` in front: the name of each."
+    """The tables of all traces in one, with the column `trace` in front: the name of each.
+
+    Raises `ValueError` for no traces, and for a trace without a task where others have one.
+    """
+    _check_traces(traces, tasks)
     frames = []
     for name, trace in traces.items():
-        if tasks:
-            frame = statistic(trace, tasks[name], **options)
-        else:
-            frame = statistic(trace, **options)
+        given = (trace, tasks[name]) if tasks else (trace,)
+        frame = statistic(*given, **options)
         frame.insert(0, "trace", name)
         frames.append(frame)
     return pd.concat(frames, ignore_index=True)

@@ -6,13 +6,21 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/metrics/profiles.html.md"""
 
 # %% auto #0
 __all__ = ['step_profile', 'spikiness', 'sorted_profile', 'first_step_marginals', 'label_ranking_precision', 'macro_auroc',
-           'first_step_quality']
+           'known_values', 'first_step_quality']
 
 # %% ../../nbs/metrics/01_profiles.ipynb #a2686404
 import numpy as np
 import pandas as pd
 
+from ..data.checks import check_whole
 from ..data.texts import AnnotatedTexts
+from mlc_notebooks.metrics.inputs import (
+    check_same_shape,
+    check_scores,
+    check_sets,
+    check_trace,
+    gold_of,
+)
 from mlc_notebooks.metrics.statistics import (
     bootstrap,
     bootstrap_means,
@@ -28,10 +36,15 @@ def _sorted_down(values: np.ndarray) -> np.ndarray:
     return -np.sort(-values, axis=1)
 
 
-def _sharpness(probs: np.ndarray, n_labels: int) -> dict[str, np.ndarray]:
-    "Top, second, ratio and the two entropies of distributions (steps, L+1), the labels first."
+def _bits(distributions: np.ndarray) -> np.ndarray:
+    "The entropy of each row (steps,), in bits, after it is divided by its sum."
     from scipy.stats import entropy
 
+    return entropy(distributions, base=2, axis=1)
+
+
+def _sharpness(probs: np.ndarray, n_labels: int) -> dict[str, np.ndarray]:
+    "Top, second, ratio and the two entropies of distributions (steps, L+1), the labels first."
     ranked = _sorted_down(probs)
     top = ranked[:, 0]
     second = ranked[:, 1]
@@ -39,8 +52,8 @@ def _sharpness(probs: np.ndarray, n_labels: int) -> dict[str, np.ndarray]:
         "top": top,
         "second": second,
         "ratio": top / np.maximum(second, np.finfo(float).tiny),  # a second of 0: a huge ratio
-        "entropy": entropy(ranked, base=2, axis=1),
-        "entropy_labels": entropy(probs[:, :n_labels], base=2, axis=1),
+        "entropy": _bits(ranked),
+        "entropy_labels": _bits(probs[:, :n_labels]),
     }
 
 
@@ -50,6 +63,7 @@ def step_profile(trace: Trace) -> pd.DataFrame:
     Columns: example, step, mass, steps (of the answer), top, second, ratio, entropy (bits, over
     Y+), entropy_labels (bits, over Y), p_go (the probability to go on after this label) and last.
     """
+    check_trace(trace)
     profile = trace.steps[["example", "step", "mass"]].copy()
     profile["steps"] = profile["example"].map(profile["example"].value_counts())
     sharpness = _sharpness(trace.probs, len(trace.labels))
@@ -59,93 +73,146 @@ def step_profile(trace: Trace) -> pd.DataFrame:
     return profile
 
 # %% ../../nbs/metrics/01_profiles.ipynb #f3dce160
+_POSITION = ["step", "position"]
+_SHARPNESS = ["top", "second", "entropy", "entropy_labels", "mass"]
+
+
+def _with_positions(trace: Trace, most_steps: int) -> pd.DataFrame:
+    "`step_profile` of the first steps, with the position: intermediate or last."
+    profile = step_profile(trace)
+    profile = profile[profile["step"] <= most_steps]
+    position = np.where(profile["last"], "last", "intermediate")
+    return profile.assign(position=position)
+
+
+def _median_ratios(profile: pd.DataFrame) -> list[tuple]:
+    "The rows of `spikiness` for the ratio; an item has one row per step."
+    rows = []
+    for group, ratios in profile.groupby(_POSITION)["ratio"]:
+        interval = bootstrap_median(ratios)
+        rows.append((*group, "ratio", *interval, len(ratios), len(ratios)))
+    return rows
+
+
 def spikiness(trace: Trace, most_steps: int = 4) -> pd.DataFrame:
     """Means of `step_profile` by step and position ("intermediate", "last"), with intervals.
 
     Quantities: top, second, entropy, entropy_labels, mass, and the median of ratio. Columns: step,
     position, quantity, value, low, high, n (items) and rows. Steps after `most_steps` are left out.
     """
-    profile = step_profile(trace)
-    profile = profile[profile["step"] <= most_steps]
-    position = np.where(profile["last"], "last", "intermediate")
-    profile = profile.assign(position=position)
-
-    quantities = ["top", "second", "entropy", "entropy_labels", "mass"]
-    means = mean_table(profile, quantities, by=["step", "position"])
-    medians = []
-    for group, ratios in profile.groupby(["step", "position"])["ratio"]:
-        interval = bootstrap_median(ratios.to_numpy())  # an item has one row per step
-        medians.append((*group, "ratio", *interval, len(ratios), len(ratios)))
-    medians = pd.DataFrame(medians, columns=means.columns)
+    check_whole("most_steps", most_steps, least=1)
+    profile = _with_positions(trace, most_steps)
+    means = mean_table(profile, _SHARPNESS, by=_POSITION)
+    medians = pd.DataFrame(_median_ratios(profile), columns=means.columns)
     return pd.concat([means, medians], ignore_index=True)
 
 # %% ../../nbs/metrics/01_profiles.ipynb #286828ba
-def sorted_profile(trace: Trace, step: int = 1) -> pd.DataFrame:
-    """The mean probability by rank at one step (Figure 4), with intervals.
-
-    Columns: rank (1 is the likeliest), quantity, value, low, high, n and rows.
-    """
+def _ranked_at(trace: Trace, step: int) -> pd.DataFrame:
+    "The sorted probabilities of each text that has the step; columns are the ranks 1, 2, ..."
     here = (trace.steps["step"] == step).to_numpy()
     ranked = _sorted_down(trace.probs[here])
     ranks = range(1, ranked.shape[1] + 1)
-    wide = pd.DataFrame(ranked, trace.steps.loc[here, "example"], ranks)
-    tidy = wide.rename_axis("example").reset_index()
-    tidy = tidy.melt("example", var_name="rank", value_name="probability")
+    return pd.DataFrame(ranked, trace.steps.loc[here, "example"], ranks)
+
+
+def sorted_profile(trace: Trace, step: int = 1) -> pd.DataFrame:
+    """The mean probability by rank at one step (Figure 4), with intervals.
+
+    Columns: rank (1 is the likeliest), quantity, value, low, high, n and rows. It has no rows where
+    no answer has that step.
+    """
+    check_trace(trace)
+    check_whole("step", step, least=1)
+    wide = _ranked_at(trace, step).rename_axis("example").reset_index()
+    tidy = wide.melt("example", var_name="rank", value_name="probability")
     return mean_table(tidy, ["probability"], by=["rank"])
 
 # %% ../../nbs/metrics/01_profiles.ipynb #1a398b46
 def first_step_marginals(trace: Trace) -> np.ndarray:
     "The probabilities of the labels at step 1 (n, L), without that of `none`."
+    check_trace(trace)
     return trace.probs[trace.steps["step"] == 1, : len(trace.labels)]
 
 # %% ../../nbs/metrics/01_profiles.ipynb #8f35d607
+def _precision_of_labels(marginals: np.ndarray, relevant: np.ndarray) -> np.ndarray:
+    "Right labels / labels, among those ranked at least as high as each label; (n, L)."
+    at_least = marginals[:, None, :] >= marginals[:, :, None]  # (n, label, other)
+    right_at_least = (at_least & relevant[:, None, :]).sum(axis=2)
+    return right_at_least / at_least.sum(axis=2)
+
+
 def label_ranking_precision(marginals: np.ndarray, relevant: np.ndarray) -> np.ndarray:
     """The average precision of each item's label ranking (n,); NaN where no label is right.
 
     It is the mean over the right labels of: right ones among those ranked at least as high. The
-    mean over items is the label-ranking average precision. marginals, relevant: (n, L).
+    mean over items is the label-ranking average precision. marginals (n, L), without NaN; relevant
+    0/1 (n, L). Raises `ValueError` for other values and shapes.
     """
-    marginals = np.asarray(marginals, float)
-    relevant = np.asarray(relevant, bool)
-    at_least = marginals[:, None, :] >= marginals[:, :, None]  # (n, label, other)
-    right_at_least = (at_least & relevant[:, None, :]).sum(axis=2)
-    precision = right_at_least / at_least.sum(axis=2)
+    marginals = check_scores("marginals", marginals)
+    relevant = check_sets("relevant", relevant)
+    check_same_shape("marginals", marginals, "relevant", relevant)
+    precision = _precision_of_labels(marginals, relevant)
     with np.errstate(invalid="ignore"):
         return (precision * relevant).sum(axis=1) / relevant.sum(axis=1)
 
 # %% ../../nbs/metrics/01_profiles.ipynb #d3c7d00d
-def macro_auroc(gold: np.ndarray, marginals: np.ndarray) -> float:
-    """The mean AUROC over the labels that some items have and some lack; NaN without such labels.
+def _pairs_won(gold: np.ndarray, marginals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of pairs of an item with a label and one without: how many rank right, and how many are.
 
-    gold: 0/1 (n, L); marginals: (n, L).
+    Both (L,), a tie counts one half.
     """
     from scipy.stats import rankdata
 
     with_label = gold.sum(axis=0, dtype=float)
-    pairs = with_label * (len(gold) - with_label)
     ranks_with_label = (rankdata(marginals, axis=0) * gold).sum(axis=0)
     won = ranks_with_label - with_label * (with_label + 1) / 2
-    if not pairs.any():
+    return won, with_label * (len(gold) - with_label)
+
+
+def macro_auroc(gold: np.ndarray, marginals: np.ndarray) -> float:
+    """The mean AUROC over the labels that some items have and some lack; NaN without such labels.
+
+    gold: 0/1 (n, L); marginals (n, L), not NaN. Raises `ValueError` for other values and shapes.
+    """
+    gold = check_sets("gold", gold)
+    marginals = check_scores("marginals", marginals)
+    check_same_shape("gold", gold, "marginals", marginals)
+    won, pairs = _pairs_won(gold, marginals)
+    some = pairs > 0
+    if not some.any():
         return np.nan
-    return float(np.mean(won[pairs > 0] / pairs[pairs > 0]))
+    return float(np.mean(won[some] / pairs[some]))
 
 # %% ../../nbs/metrics/01_profiles.ipynb #4d408390
+def _auroc_row(gold: np.ndarray, first: np.ndarray, resamples: int) -> tuple:
+    "The row of `first_step_quality` about AUROC; gold 0/1 and step 1's marginals (n, L)."
+    n = len(gold)
+    interval = bootstrap(lambda chosen: macro_auroc(gold[chosen], first[chosen]), n, resamples)
+    return "AUROC", *interval, n
+
+
+def known_values(values: np.ndarray) -> np.ndarray:
+    "The values that are not NaN, such as the precisions of the items with gold labels."
+    return values[~np.isnan(values)]
+
+
+def _in_one_class(gold: np.ndarray) -> int:
+    "How many labels all items have, or all lack; gold 0/1 (n, L)."
+    return int((gold.min(axis=0) == gold.max(axis=0)).sum())
+
+
 def first_step_quality(trace: Trace, task: AnnotatedTexts, resamples: int = 200) -> pd.DataFrame:
     """Entropy at step 1 (bits, over Y+), and how well step 1 ranks the labels of the majority sets.
 
     Columns: quantity, value, low, high, n and excluded, which counts the items without gold labels
     (label-ranking average precision) or the labels that all items have or all lack (AUROC).
-    Raises `ValueError` naming an item that the task does not have.
+    Raises `ValueError` naming an item that the task does not have, and for other labels.
     """
-    gold = task.at(trace.items.index).majority().to_numpy()
     first = first_step_marginals(trace)
+    gold = gold_of(trace, task).to_numpy()
     entropy = step_profile(trace).query("step == 1")["entropy"]
-    ranking = label_ranking_precision(first, gold)
-    ranking = ranking[~np.isnan(ranking)]
-    auroc = bootstrap(lambda chosen: macro_auroc(gold[chosen], first[chosen]), len(gold), resamples)
-
+    ranking = known_values(label_ranking_precision(first, gold))
     table = bootstrap_means({"entropy": entropy, "label-ranking average precision": ranking})
-    of_all = pd.DataFrame([("AUROC", *auroc, len(gold))], columns=table.columns)
-    table = pd.concat([table, of_all], ignore_index=True)
-    one_class = gold.min(axis=0) == gold.max(axis=0)
-    return table.assign(excluded=[0, len(gold) - len(ranking), int(one_class.sum())])
+    auroc = pd.DataFrame([_auroc_row(gold, first, resamples)], columns=table.columns)
+    table = pd.concat([table, auroc], ignore_index=True)
+    return table.assign(excluded=[0, len(gold) - len(ranking), _in_one_class(gold)])

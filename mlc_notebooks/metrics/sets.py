@@ -12,12 +12,28 @@ __all__ = ['SET_METRICS', 'example_f1', 'example_jaccard', 'micro_f1', 'macro_f1
 import numpy as np
 import pandas as pd
 
+from ..data.checks import check_number
 from ..data.texts import AnnotatedTexts
+from .inputs import check_same_shape, check_sets, check_table
 from .statistics import bootstrap
 
 # %% ../../nbs/metrics/03_sets.ipynb #74275bba
+def _two_sets(found: np.ndarray, gold: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Both as booleans (n, L); raises `ValueError` for other values than 0/1 and for two shapes."
+    found = check_sets("found", found)
+    gold = check_sets("gold", gold)
+    check_same_shape("found", found, "gold", gold)
+    return found, gold
+
+
+def _ratio(numerator, denominator, empty: float) -> np.ndarray:
+    "The quotient, `empty` where the denominator is 0."
+    return np.where(denominator > 0, numerator / np.maximum(denominator, 1), empty)
+
+
 def example_f1(found: np.ndarray, gold: np.ndarray) -> np.ndarray:
     "F1 of each text's set (n,), 1 where both sets are empty; found and gold: 0/1 (n, L)."
+    found, gold = _two_sets(found, gold)
     hits = (found & gold).sum(axis=1)
     sizes = found.sum(axis=1) + gold.sum(axis=1)
     return _ratio(2 * hits, sizes, empty=1.0)
@@ -25,25 +41,23 @@ def example_f1(found: np.ndarray, gold: np.ndarray) -> np.ndarray:
 
 def example_jaccard(found: np.ndarray, gold: np.ndarray) -> np.ndarray:
     "Labels in both sets / labels in either (n,), 1 where both are empty; both 0/1 (n, L)."
+    found, gold = _two_sets(found, gold)
     return _ratio((found & gold).sum(axis=1), (found | gold).sum(axis=1), empty=1.0)
 
-
+# %% ../../nbs/metrics/03_sets.ipynb #ae8f3765
 def micro_f1(found: np.ndarray, gold: np.ndarray) -> float:
     "F1 of all labels of all texts, pooled; 0 where no label is found or gold."
+    found, gold = _two_sets(found, gold)
     sizes = found.sum() + gold.sum()
     return float(_ratio(2 * (found & gold).sum(), sizes, empty=0.0))
 
 
 def macro_f1(found: np.ndarray, gold: np.ndarray) -> float:
     "The mean over labels of their F1 over texts; a label that is never found or gold counts 0."
+    found, gold = _two_sets(found, gold)
     hits = (found & gold).sum(axis=0)
     sizes = found.sum(axis=0) + gold.sum(axis=0)
     return float(_ratio(2 * hits, sizes, empty=0.0).mean())
-
-
-def _ratio(numerator, denominator, empty: float) -> np.ndarray:
-    "The quotient, `empty` where the denominator is 0."
-    return np.where(denominator > 0, numerator / np.maximum(denominator, 1), empty)
 
 # %% ../../nbs/metrics/03_sets.ipynb #dfe9e516
 SET_METRICS = ("example-F1", "micro-F1", "macro-F1", "Jaccard")
@@ -56,6 +70,14 @@ def _set_metrics(found: np.ndarray, gold: np.ndarray) -> np.ndarray:
     return np.array([f1, micro_f1(found, gold), macro_f1(found, gold), jaccard])
 
 
+def _set_intervals(found: np.ndarray, gold: np.ndarray, resamples: int, seed: int):
+    "The metrics of `SET_METRICS`, low and high ends, (4,) each; NaN without texts."
+    n = len(found)
+    if not n:
+        return np.full((3, len(SET_METRICS)), np.nan)
+    return bootstrap(lambda chosen: _set_metrics(found[chosen], gold[chosen]), n, resamples, seed)
+
+
 def bootstrap_sets(
     found: np.ndarray,  # 0/1 (n, L)
     gold: np.ndarray,  # 0/1 (n, L)
@@ -64,20 +86,22 @@ def bootstrap_sets(
 ) -> pd.DataFrame:
     """The metrics of `SET_METRICS` with intervals over texts: columns metric, value, low, high, n.
 
-    Without texts the values are NaN and n is 0.
+    Without texts the values are NaN and n is 0. Macro-F1 counts 0 for a label that is neither found
+    nor gold, in a draw too: its interval may lie below its value where labels are rare.
     """
-    found = np.asarray(found, bool)
-    gold = np.asarray(gold, bool)
-    value, low, high = np.full((3, len(SET_METRICS)), np.nan)
-    if len(found):
-        value, low, high = bootstrap(
-            lambda chosen: _set_metrics(found[chosen], gold[chosen]), len(found), resamples, seed
-        )
+    found, gold = _two_sets(found, gold)
+    value, low, high = _set_intervals(found, gold, resamples, seed)
     return pd.DataFrame(
         {"metric": SET_METRICS, "value": value, "low": low, "high": high, "n": len(found)}
     )
 
 # %% ../../nbs/metrics/03_sets.ipynb #e92faa21
+def _distinct_answers(found: np.ndarray) -> pd.DataFrame:
+    "The row of `prediction_metrics` that counts different sets (n, L)."
+    answers = {tuple(row) for row in found}
+    return pd.DataFrame([{"metric": "distinct answers", "value": len(answers), "n": len(found)}])
+
+
 def prediction_metrics(
     predicted: pd.DataFrame,  # 0/1 (n, L), indexed by item id
     task: AnnotatedTexts,
@@ -86,15 +110,14 @@ def prediction_metrics(
     """The set metrics of predictions against the majority sets: value, low, high, n by `score`.
 
     Rows: example-F1, micro-F1, macro-F1 and Jaccard with 95 % intervals over texts, and distinct
-    answers without an interval. Raises `ValueError` naming an id that the task does not have.
+    answers without an interval. Raises `ValueError` naming an id that the task does not have or
+    that occurs twice, a label without a column, and a value other than 0 and 1.
     """
+    check_number("threshold", threshold, above=0, below=1)
+    predicted = check_table("predicted", predicted, task.labels)
     gold = task.at(predicted.index).majority(threshold)
-    found = predicted[list(task.labels)].to_numpy(float)
-    table = bootstrap_sets(found >= 0.5, gold)
-
-    answers = {tuple(row) for row in found}
-    distinct = {"metric": "distinct answers", "value": len(answers), "n": len(gold)}
-    table = pd.concat([table, pd.DataFrame([distinct])], ignore_index=True)
+    found = check_sets("predicted", predicted)
+    table = pd.concat([bootstrap_sets(found, gold), _distinct_answers(found)], ignore_index=True)
     return table.rename(columns={"metric": "score"}).set_index("score")
 
 # %% ../../nbs/metrics/03_sets.ipynb #a9071e27
@@ -109,6 +132,8 @@ def probe_metrics(
     the held-out texts; values are NaN where n is 0. Layer -1 stands for what reads no layer: the
     majority control, and the target `Perf`, which compares the model's own outputs with gold.
     """
+    if not predictions:
+        raise ValueError("predictions is empty: give what `probe_predictions` returns")
     tables = []
     for (layer, target, control), held_out in predictions.items():
         table = bootstrap_sets(held_out.predicted, held_out.truth, resamples, seed)

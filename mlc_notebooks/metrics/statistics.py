@@ -8,36 +8,30 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/metrics/statistics.html.md""
 __all__ = ['bootstrap', 'bootstrap_mean', 'bootstrap_means', 'bootstrap_median', 'paired_difference', 'mean_table']
 
 # %% ../../nbs/metrics/00_statistics.ipynb #12db9135
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pandas as pd
 
-# %% ../../nbs/metrics/00_statistics.ipynb #59542aa4
-def bootstrap(
-    statistic: Callable[[np.ndarray], float | np.ndarray],  # a function of item positions
-    n_items: int,
-    resamples: int = 1000,
-    seed: int = 0,
-    coverage: float = 0.95,
-) -> tuple:
-    """The statistic of all items and the ends of its interval: (value, low, high).
+from ..data.checks import check_choice, check_number, check_whole
 
-    Items are drawn with replacement. The ends are percentiles over the draws (Efron 1979). Where
-    the statistic is an array, so are the ends. Draws in which it is NaN do not count.
-    """
+# %% ../../nbs/metrics/00_statistics.ipynb #59542aa4
+def _check_draws(n_items: int, resamples: int, seed: int, coverage: float):
+    "Raise `ValueError` naming the argument that no interval can be made with."
+    check_whole("n_items", n_items, least=1)
+    check_whole("resamples", resamples, least=1)
+    check_whole("seed", seed, least=0)
+    check_number("coverage", coverage, above=0, below=1)
+
+
+def _draw(statistic: Callable, n_items: int, resamples: int, seed: int) -> np.ndarray:
+    "The statistic in each draw of items (resamples, k), for a statistic of k numbers."
     rng = np.random.default_rng(seed)
     drawn = []
     for _ in range(resamples):
         chosen = rng.integers(0, n_items, n_items)
         drawn.append(statistic(chosen))
-    drawn = np.array(drawn, float).reshape(resamples, -1)
-
-    low, high = _interval_ends(drawn, coverage)
-    value = statistic(np.arange(n_items))
-    if np.ndim(value):
-        return value, low, high
-    return value, float(low[0]), float(high[0])
+    return np.array(drawn, float).reshape(resamples, -1)
 
 
 def _interval_ends(drawn: np.ndarray, coverage: float) -> np.ndarray:
@@ -48,10 +42,47 @@ def _interval_ends(drawn: np.ndarray, coverage: float) -> np.ndarray:
     ends[:, known] = np.nanquantile(drawn[:, known], quantiles, axis=0)
     return ends
 
+# %% ../../nbs/metrics/00_statistics.ipynb #e783ea1a
+def bootstrap(
+    statistic: Callable[[np.ndarray], float | np.ndarray],  # a function of item positions
+    n_items: int,
+    resamples: int = 1000,
+    seed: int = 0,
+    coverage: float = 0.95,
+) -> tuple:
+    """The statistic of all items and the ends of its interval: (value, low, high).
+
+    Items are drawn with replacement. The ends are percentiles over the draws (Efron 1979). Where
+    the statistic is an array, so are the ends. Draws in which it is NaN do not count. Raises
+    `ValueError` for no items, no resamples, a negative seed, and a coverage outside (0, 1).
+    """
+    _check_draws(n_items, resamples, seed, coverage)
+    drawn = _draw(statistic, n_items, resamples, seed)
+    ends = _interval_ends(drawn, coverage)
+    value = statistic(np.arange(n_items))
+    if not np.ndim(value):
+        ends = ends[:, 0].tolist()
+    return value, *ends
+
 # %% ../../nbs/metrics/00_statistics.ipynb #f7a44199
-def bootstrap_mean(values: Sequence[float], **options) -> tuple[float, float, float]:
-    "The mean of one value per item, with its interval: (value, low, high); NaN for no values."
+def _finite(values: Sequence[float]) -> np.ndarray:
+    "One value per item (n,); raises `ValueError` naming the first that is NaN or infinite."
     values = np.asarray(values, float)
+    if values.ndim != 1:
+        raise ValueError(f"values has the shape {values.shape}: give one value for each item")
+    wrong = np.flatnonzero(~np.isfinite(values))
+    if len(wrong):
+        place = wrong[0]
+        raise ValueError(f"values holds {values[place]} at position {place}: leave that item out")
+    return values
+
+
+def bootstrap_mean(values: Sequence[float], **options) -> tuple[float, float, float]:
+    """The mean of one value per item, with its interval: (value, low, high); NaN for no values.
+
+    Raises `ValueError` naming a value that is NaN or infinite, and as `bootstrap` does.
+    """
+    values = _finite(values)
     if not len(values):
         return np.nan, np.nan, np.nan
     return bootstrap(lambda chosen: float(values[chosen].mean()), len(values), **options)
@@ -65,46 +96,71 @@ def bootstrap_means(values: dict[str, Sequence[float]], **options) -> pd.DataFra
     return pd.DataFrame(rows, columns=["quantity", "value", "low", "high", "n"])
 
 # %% ../../nbs/metrics/00_statistics.ipynb #f0920869
-def bootstrap_median(values: np.ndarray) -> tuple[float, float, float]:
-    "The median of one value per item, with its interval: (value, low, high)."
+def bootstrap_median(values: Sequence[float]) -> tuple[float, float, float]:
+    "The median of one value per item, with its interval, as `bootstrap_mean` has the mean."
+    values = _finite(values)
+    if not len(values):
+        return np.nan, np.nan, np.nan
     return bootstrap(lambda chosen: float(np.median(values[chosen])), len(values))
 
 # %% ../../nbs/metrics/00_statistics.ipynb #a2a7d144
-def paired_difference(first: pd.Series, second: pd.Series, **options) -> tuple[float, float, float]:
-    """The mean of first - second over the same items, with its interval: (value, low, high).
+def _check_values(name: str, values: pd.Series):
+    "Raise `ValueError` unless this is a Series with one value for each item."
+    if not isinstance(values, pd.Series):
+        raise ValueError(f"{name} is a {type(values).__name__}: give a Series indexed by item id")
+    doubled = values.index[values.index.duplicated()].tolist()
+    if doubled:
+        raise ValueError(f"{name} has two values of item {doubled[0]!r}: give one for each item")
 
-    The two are joined by index. Raises `ValueError` naming an item that only one of them has.
-    """
+
+def _check_pairs(first: pd.Series, second: pd.Series):
+    "Raise `ValueError` naming an item that has no value in one of the two."
+    _check_values("first", first)
+    _check_values("second", second)
     in_one_only = set(first.index) ^ set(second.index)
     if in_one_only:
         raise ValueError(
             f"item {min(in_one_only, key=str)!r} is in one of the two only: "
             "compare values of the same items"
         )
+
+
+def paired_difference(first: pd.Series, second: pd.Series, **options) -> tuple[float, float, float]:
+    """The mean of first - second over the same items, with its interval: (value, low, high).
+
+    The two are joined by index. Raises `ValueError` naming an item that only one of them has or
+    that one of them has twice, and as `bootstrap_mean` does.
+    """
+    _check_pairs(first, second)
     return bootstrap_mean(first - second.loc[first.index], **options)
 
 # %% ../../nbs/metrics/00_statistics.ipynb #c404cbaf
-def mean_table(
-    frame: pd.DataFrame,  # several rows per item
-    values: Sequence[str],  # columns to average; where one is NaN the row does not count for it
-    by: Sequence[str] = (),  # columns that group
-    item: str = "example",  # the column that names the item
-    **options,  # of `bootstrap`
-) -> pd.DataFrame:
-    """Means over rows with intervals over items: one row per group and column.
+def _check_columns(frame: pd.DataFrame, name: str, columns: Sequence[str]):
+    "Raise `ValueError` unless the argument `name` is a list of the frame's columns."
+    if isinstance(columns, str):
+        raise ValueError(f"{name} is {columns!r}: give a list of columns")
+    for column in columns:
+        check_choice(f"a column of {name}", column, frame.columns)
 
-    Columns: those of `by`, quantity, value, low, high, n (items) and rows.
-    """
-    groups = frame.groupby(list(by), observed=True) if by else [((), frame)]
-    table = []
-    for key, part in groups:
-        for name in values:
-            measured = part.loc[part[name].notna(), [item, name]]
-            of_item = measured[name].astype(float).groupby(measured[item], sort=False)
-            per_item = of_item.agg(["sum", "count"]).to_numpy()
-            interval = _ratio_of_sums(per_item, options)
-            table.append((*key, name, *interval, len(per_item), len(measured)))
-    return pd.DataFrame(table, columns=[*by, "quantity", "value", "low", "high", "n", "rows"])
+
+def _check_keys(frame: pd.DataFrame, columns: Sequence[str]):
+    "Raise `ValueError` naming the first row that belongs to no item or to no group."
+    for column in columns:
+        empty = np.flatnonzero(frame[column].isna())
+        if len(empty):
+            raise ValueError(
+                f"row {empty[0]} is empty in the column {column!r}: say which {column} it is of"
+            )
+
+
+def _sums_and_counts(part: pd.DataFrame, name: str, item: str) -> np.ndarray:
+    "The sum and the number of each item's values (items, 2); a NaN is no value."
+    measured = part.loc[part[name].notna(), [item, name]]
+    of_item = measured[name].astype(float).groupby(measured[item], sort=False)
+    sums_and_counts = of_item.agg(["sum", "count"]).to_numpy()
+    if np.isinf(sums_and_counts).any():
+        raise ValueError(f"the column {name!r} holds an infinite value: leave its row out")
+    return sums_and_counts
 
 
 def _ratio_of_sums(per_item: np.ndarray, options: dict) -> tuple[float, float, float]:
@@ -116,3 +172,41 @@ def _ratio_of_sums(per_item: np.ndarray, options: dict) -> tuple[float, float, f
         lambda chosen: sums[chosen].sum() / counts[chosen].sum(), len(per_item), **options
     )
     return float(value), float(low), float(high)
+
+# %% ../../nbs/metrics/00_statistics.ipynb #a7f70e16
+def _groups(frame: pd.DataFrame, by: Sequence[str]) -> Iterable[tuple[tuple, pd.DataFrame]]:
+    "The groups by these columns, each with its key; the whole frame where there are none."
+    if not by:
+        return [((), frame)]
+    return frame.groupby(list(by), observed=True)
+
+
+def _mean_row(per_item: np.ndarray, options: dict) -> tuple:
+    "Value, low, high, n and rows of `mean_table`, from `_sums_and_counts`."
+    rows = int(per_item[:, 1].sum())
+    return *_ratio_of_sums(per_item, options), len(per_item), rows
+
+
+def mean_table(
+    frame: pd.DataFrame,  # several rows per item
+    values: Sequence[str],  # columns to average; where one is NaN the row does not count for it
+    by: Sequence[str] = (),  # columns that group
+    item: str = "example",  # the column that names the item
+    **options,  # of `bootstrap`
+) -> pd.DataFrame:
+    """Means over rows with intervals over items: one row per group and column.
+
+    Columns: those of `by`, quantity, value, low, high, n (items) and rows. Raises `ValueError`
+    naming a column that is not there, a row without an item or a group, and an infinite value.
+    """
+    _check_columns(frame, "values", values)
+    _check_columns(frame, "by", by)
+    check_choice("item", item, frame.columns)
+    _check_keys(frame, [item, *by])
+
+    table = []
+    for key, part in _groups(frame, by):
+        for name in values:
+            per_item = _sums_and_counts(part, name, item)
+            table.append((*key, name, *_mean_row(per_item, options)))
+    return pd.DataFrame(table, columns=[*by, "quantity", "value", "low", "high", "n", "rows"])
