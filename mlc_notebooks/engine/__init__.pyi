@@ -1,4 +1,5 @@
 from . import memory as memory
+from . import finite as finite
 from . import tree as tree
 from . import attention as attention
 from . import cache as cache
@@ -15,6 +16,10 @@ from .memory import reads_within as reads_within
 from .memory import return_freed_memory as return_freed_memory
 from .memory import tokens_under_way as tokens_under_way
 from .memory import tokens_within as tokens_within
+from .finite import NonFiniteOutput as NonFiniteOutput
+from .finite import broken_row as broken_row
+from .finite import first_non_finite as first_non_finite
+from .finite import non_finite_output as non_finite_output
 from .tree import Node as Node
 from .tree import PlainTree as PlainTree
 from .tree import Predictions as Predictions

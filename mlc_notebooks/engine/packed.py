@@ -24,6 +24,7 @@ from mlc_notebooks.engine.attention import (
     slots_of_path,
 )
 from .cache import SlotLayer, Slots, cache_name
+from .finite import broken_row, non_finite_output
 from .memory import reads_within, return_freed_memory, tokens_under_way
 from .tree import Node, Predictions, attention_code, hidden_states_at
 from ..models.lm import LM
@@ -147,7 +148,12 @@ def _compute_pass(tree, pieces, watch, hidden, attention) -> Predictions | None:
     if not layout.reads:
         return None
 
-    found = Predictions.from_logits(out.logits[0, : len(layout.reads)], watch)
+    logits = out.logits[0, : len(layout.reads)]
+    found = Predictions.from_logits(logits, watch)
+    broken = broken_row(logits, found.margin)
+    if broken is not None:
+        ended = [piece.node for piece in pieces if piece.finishes]
+        raise non_finite_output(tree.lm, ended[broken].path())
     if hidden:
         found.hidden = hidden_states_at(out.hidden_states, layout.reads)
     if attention:
@@ -156,7 +162,7 @@ def _compute_pass(tree, pieces, watch, hidden, attention) -> Predictions | None:
         ended = [piece.node for piece in pieces if piece.finishes]
         found.attention = [one[:, slots_of_path(node)] for one, node in zip(weights, ended)]
     size = out.logits.nbytes
-    del out
+    del out, logits
     return_freed_memory(size)
     return found
 

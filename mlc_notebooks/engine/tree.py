@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from .finite import broken_row, non_finite_output
 from ..models.lm import LM
 
 # %% ../../nbs/engine/01_tree.ipynb #f0390af9
@@ -208,6 +209,8 @@ class PlainTree:
             out = self.lm.model(ids, use_cache=False, logits_to_keep=1, **options)
 
         found = Predictions.from_logits(out.logits[0], watch)
+        if broken_row(out.logits[0], found.margin) is not None:
+            raise non_finite_output(self.lm, node.path())
         if hidden:
             found.hidden = hidden_states_at(out.hidden_states, [-1])
         if attention:
