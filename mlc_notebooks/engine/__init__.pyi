@@ -8,6 +8,7 @@ from . import backend as backend
 from . import drafts as drafts
 from . import scheduler as scheduler
 from . import parts as parts
+from . import batches as batches
 from . import runs as runs
 from .memory import batch_size_for as batch_size_for
 from .memory import fit_threads as fit_threads
@@ -61,7 +62,11 @@ from .scheduler import continuous_batching as continuous_batching
 from .scheduler import token_chain as token_chain
 from .parts import part_bytes as part_bytes
 from .parts import read_part as read_part
-from .runs import Batches as Batches
+from .batches import Batches as Batches
+from .batches import advance as advance
+from .batches import check_answers as check_answers
+from .batches import check_plan as check_plan
+from .batches import progress_bar as progress_bar
 from .runs import Run as Run
 from .runs import SettingsChanged as SettingsChanged
 from .runs import check_same_settings as check_same_settings

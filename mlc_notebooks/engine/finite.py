@@ -85,7 +85,7 @@ def _way_out(dtype: str, broken_weights: int) -> str:
         return f"Weights that are not finite: {broken_weights:,}. The file is damaged: {again}"
     return f"Its weights are finite, but too large for {dtype}. The file is damaged: {again}"
 
-
+# %% ../../nbs/engine/00b_finite.ipynb #2f2c5f49
 class NonFiniteOutput(ValueError):
     "A model computes NaN or infinity."
 
