@@ -20,6 +20,7 @@ from .checks import check_number as check_number
 from .checks import check_whole as check_whole
 from .files import claimed as claimed
 from .files import safe_name as safe_name
+from .files import whole_file as whole_file
 from .files import write_whole as write_whole
 from .answers import AnswerFormat as AnswerFormat
 from .answers import Entry as Entry

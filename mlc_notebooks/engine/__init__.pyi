@@ -73,6 +73,7 @@ from .runs import check_same_settings as check_same_settings
 from .runs import digest as digest
 from .runs import discard_runs as discard_runs
 from .runs import in_batches as in_batches
+from .runs import json_settings as json_settings
 from .runs import open_run as open_run
 from .runs import provenance as provenance
 from .runs import run_folder as run_folder

@@ -1,5 +1,6 @@
 from . import reading as reading
 from . import decoding as decoding
+from . import saved as saved
 from . import trace as trace
 from . import asking as asking
 from . import internals as internals
@@ -13,7 +14,9 @@ from .decoding import Decoded as Decoded
 from .decoding import NEAR_TIE as NEAR_TIE
 from .decoding import free_decoder as free_decoder
 from .decoding import guided_decoder as guided_decoder
-from .trace import STEP_COLUMNS as STEP_COLUMNS
+from .saved import STEP_COLUMNS as STEP_COLUMNS
+from .saved import read_trace as read_trace
+from .saved import write_trace as write_trace
 from .trace import Trace as Trace
 from .asking import ListQuestions as ListQuestions
 from .asking import as_task as as_task

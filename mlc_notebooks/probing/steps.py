@@ -41,7 +41,8 @@ from mlc_notebooks.probing.asking import (
 from .decoding import Decoded, free_decoder, guided_decoder
 from .internals import read_states
 from .reading import StepReader, read_steps
-from .trace import STEP_COLUMNS, Trace
+from .saved import STEP_COLUMNS
+from .trace import Trace
 
 # %% ../../nbs/probing/05_steps.ipynb #3f7869be
 def _step_rows(decoded: Decoded, readings: list[dict]) -> list[dict]:
