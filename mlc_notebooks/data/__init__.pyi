@@ -16,6 +16,7 @@ from .labels import LabelSet as LabelSet
 from .labels import nfc as nfc
 from .labels import surface_forms as surface_forms
 from .checks import check_choice as check_choice
+from .checks import check_kind as check_kind
 from .checks import check_number as check_number
 from .checks import check_whole as check_whole
 from .files import claimed as claimed

@@ -62,9 +62,12 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
 def claimed(folder: str | Path) -> Iterator[Path]:
     """The folder, which is made where there is none, held for this process.
 
-    A context manager. Raises `RuntimeError` where another process holds the folder.
+    A context manager. Raises `RuntimeError` where another process holds the folder, and
+    `NotADirectoryError` for a file.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file: give a folder, or a name that is free")
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "run.lock")
     try:

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -222,6 +223,13 @@ def _out_of_memory(error: Exception) -> bool:
     return "allocate memory" in str(error)
 
 # %% ../../nbs/engine/09_runs.ipynb #70210c4f
+def _check_folder(folder):
+    "Raises `ValueError` for what cannot be the folder of a run."
+    is_path = isinstance(folder, (str, PathLike)) and str(folder)
+    if folder is not None and not is_path:
+        raise ValueError(f"folder is {folder!r:.80}: name a folder, or give None to keep nothing")
+
+
 def in_batches(
     work: Callable[[list[int]], Iterable],  # a batch's positions -> an answer for each
     positions: Sequence[int],  # 0 to n - 1, in the order in which they are computed
@@ -238,8 +246,7 @@ def in_batches(
     `open_run` raises for the folder.
     """
     size = check_whole("size", size, least=1)
-    if folder is not None and not str(folder):
-        raise ValueError("folder is '': name a folder, or give None to keep nothing")
+    _check_folder(folder)
     plan = [list(positions[i : i + size]) for i in range(0, len(positions), size)]
     opened = (
         open_run(folder, plan, settings or {}) if folder is not None else nullcontext(Batches(plan))

@@ -6,6 +6,7 @@ from . import asking as asking
 from . import internals as internals
 from . import steps as steps
 from .reading import FormTrie as FormTrie
+from .reading import READINGS as READINGS
 from .reading import Step as Step
 from .reading import StepReader as StepReader
 from .reading import p_go as p_go
@@ -21,7 +22,6 @@ from .trace import Trace as Trace
 from .asking import ListQuestions as ListQuestions
 from .asking import as_task as as_task
 from .asking import ask_for_lists as ask_for_lists
-from .asking import check_choice as check_choice
 from .asking import check_collisions as check_collisions
 from .asking import list_settings as list_settings
 from .internals import attention_shares as attention_shares

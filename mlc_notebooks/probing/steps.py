@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.answers import AnswerFormat
+from ..data.checks import check_choice, check_whole
 from ..data.labels import LabelSet
 from ..data.prompts import Template
 from ..data.texts import AnnotatedTexts
@@ -34,13 +35,12 @@ from mlc_notebooks.probing.asking import (
     ListQuestions,
     as_task,
     ask_for_lists,
-    check_choice,
     check_collisions,
     list_settings,
 )
 from .decoding import Decoded, free_decoder, guided_decoder
 from .internals import read_states
-from .reading import StepReader, read_steps
+from .reading import READINGS, StepReader, read_steps
 from .saved import STEP_COLUMNS
 from .trace import Trace
 
@@ -150,7 +150,7 @@ def _batch_size(
     lm: LM, asked: ListQuestions, batch_size: int | None, with_states: bool, folder
 ) -> int:
     "How many texts a batch has."
-    if batch_size:
+    if batch_size is not None:
         return batch_size
     if with_states:  # they are read when a batch is done; until then all of it is kept
         longest = max(len(tail) for tail in asked.rows.tails)
@@ -251,6 +251,16 @@ def _run(
     return _assemble(task, found, asked.flags, made)
 
 # %% ../../nbs/probing/05_steps.ipynb #d4adfc2e
+def _check_how(decoding, reading, collisions, hidden, attention, no_cache):
+    "Raises `ValueError`, which lists the choices, for an option that has no such value."
+    check_choice("decoding", decoding, ("free", "guided"))
+    check_choice("reading", reading, READINGS)
+    check_choice("collisions", collisions, ("error", "warn"))
+    check_choice("hidden", hidden, (False, True, "first"))
+    check_choice("attention", attention, (False, True))
+    check_choice("no_cache", no_cache, (False, True))
+
+
 def probe_steps(
     lm: LM,
     texts: AnnotatedTexts | Sequence[str],  # a task, or plain strings with `labels`
@@ -277,14 +287,16 @@ def probe_steps(
     """The label distribution at every step of the model's answers.
 
     Raises `ValueError`, before the model is run, for an empty task, an empty text, a text that does
-    not fit the context, labels that the format or the reading cannot tell apart, or demonstrations
-    that cannot be drawn. For a `folder` with a run that has other settings it raises
-    `SettingsChanged`; `engine.runs` has all that can happen to a folder.
+    not fit the context, labels that the format or the reading cannot tell apart, demonstrations
+    that cannot be drawn, or an argument out of range. Raises `NonFiniteOutput` where the model
+    computes NaN, and `SettingsChanged` for a `folder` that holds a run with other settings;
+    `engine.runs` has all that can happen to a folder.
     """
     task = as_task(texts, labels)
-    check_choice("decoding", decoding, ("free", "guided"))
-    check_choice("reading", reading, ("exact", "first_token"))
-    check_choice("hidden", hidden, (False, True, "first"))
+    _check_how(decoding, reading, collisions, hidden, attention, no_cache)
+    seed = check_whole("seed", seed, least=0)
+    if batch_size is not None:
+        batch_size = check_whole("batch_size", batch_size, least=1)
     asking = dict(seed=seed, fmt=fmt, demonstrations=demonstrations, multi_share=multi_share)
     asking |= dict(template=template, chat=chat, long_text=long_text)
     asked = ask_for_lists(lm, task, shots, **asking)
