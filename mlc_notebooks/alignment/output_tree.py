@@ -31,7 +31,7 @@ from ..data.checks import check_choice, check_kind
 from ..data.texts import AnnotatedTexts
 from ..engine.backend import prompt_tree
 from ..engine.memory import batch_size_for
-from ..engine.runs import digest, in_batches, run_folder
+from ..engine.runs import check_folder, digest, in_batches, run_folder
 from ..engine.tree import Node, PromptTree, compute_groups, in_chunks
 from ..models.lm import LM
 from ..models.tokens import AnswerTokens, Form
@@ -216,6 +216,7 @@ def _over_texts(
     "What `work` answers for each text, in the order of the task."
     check_kind("task", task, AnnotatedTexts, "a task, as load_task returns it")
     _check_multi(task)
+    check_folder(folder)
     prior = _as_prior(prior, task)
     questions = ask_for_lists(lm, task, **asking)
     reader = StepReader(questions.answer_tokens, "exact")

@@ -23,7 +23,7 @@ from ..data.demonstrations import unary_demonstrations_for
 from ..data.prompts import Prompt, check_texts, unary_prompts
 from ..data.texts import AnnotatedTexts
 from ..engine.backend import prompt_tree
-from ..engine.runs import in_batches, run_settings
+from ..engine.runs import check_folder, in_batches, run_settings
 from ..engine.tree import Node, TokenRows, compute_groups
 from ..models.lm import LM
 
@@ -160,6 +160,7 @@ def ask_questions(
     context, and for a folder what `in_batches` raises.
     """
     _check_questions(lm, prompts, answers)
+    check_folder(folder)
 
     # Encode everything and check it before the model is run.
     watch = _first_tokens(lm, answers, prompts[0][0].before_answer)

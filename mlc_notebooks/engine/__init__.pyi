@@ -69,6 +69,7 @@ from .batches import check_plan as check_plan
 from .batches import progress_bar as progress_bar
 from .runs import Run as Run
 from .runs import SettingsChanged as SettingsChanged
+from .runs import check_folder as check_folder
 from .runs import check_same_settings as check_same_settings
 from .runs import digest as digest
 from .runs import discard_runs as discard_runs

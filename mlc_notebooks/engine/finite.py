@@ -40,9 +40,16 @@ def _floats(output) -> Iterator[torch.Tensor]:
             yield from _floats(one)
 
 
-def _note(found: list[str], name: str, module, inputs, output):
+def _is_sound(tensor: torch.Tensor, vocabulary: int) -> bool:
+    "Whether all numbers are finite; logits may also be minus infinity."
+    if tensor.shape[-1] == vocabulary:
+        tensor = tensor.clamp(min=torch.finfo(tensor.dtype).min)  # NaN stays NaN
+    return bool(tensor.isfinite().all())
+
+
+def _note(found: list[str], vocabulary: int, name: str, module, inputs, output):
     "A hook: notes the name of a module whose output is not finite."
-    if not all(tensor.isfinite().all() for tensor in _floats(output)):
+    if not all(_is_sound(tensor, vocabulary) for tensor in _floats(output)):
         found.append(name)
 
 
@@ -50,8 +57,9 @@ def _note(found: list[str], name: str, module, inputs, output):
 def first_non_finite(lm: LM, ids: Sequence[int]) -> str | None:
     "The first module whose output, given these tokens, is not finite; None: there is none."
     found = []
+    vocabulary = lm.model.config.get_text_config().vocab_size
     hooks = [
-        module.register_forward_hook(partial(_note, found, name))
+        module.register_forward_hook(partial(_note, found, vocabulary, name))
         for name, module in lm.model.named_modules()
     ]
     try:

@@ -139,14 +139,23 @@ class StepReader:
     ) -> tuple[np.ndarray, float]:
         """Log-probabilities of the outcomes (L + 1,) and the label mass.
 
-        `context` (w,) and `below` (nodes of the trie, w) are watched log-probabilities.
+        `context` (w,) and `below` (nodes of the trie, w) are watched log-probabilities. Raises
+        `ValueError` where all outcomes are impossible: no distribution follows from that.
         """
         trie = self.trie_at(position)
         rows = np.vstack([context, below])
         size = len(self.answer_tokens.labels.outcomes)
         if self.reading == "first_token":
-            return _read_first_tokens(trie, rows, self.column, size)
-        return _read_exact(trie, rows, self.column, self.answer_tokens.terminators, size)
+            values, mass = _read_first_tokens(trie, rows, self.column, size)
+        else:
+            terminators = self.answer_tokens.terminators
+            values, mass = _read_exact(trie, rows, self.column, terminators, size)
+        if mass == 0 and values.max() == -np.inf:
+            raise ValueError(
+                f"at label {position + 1} the model gives every label, and none, a probability of "
+                "0: it cannot write them, ask it in another format"
+            )
+        return values, mass
 
     def stop_masses(self, after: np.ndarray, after_quote: np.ndarray | None) -> dict[str, float]:
         """The masses `go` and `stop` after a label.

@@ -27,7 +27,7 @@ from ..engine.backend import prompt_tree
 from ..engine.drafts import NgramDrafter
 from ..engine.memory import batch_size_for, tokens_under_way
 from ..engine.packed import PackedTree
-from ..engine.runs import in_batches, provenance
+from ..engine.runs import check_folder, in_batches, provenance
 from ..engine.scheduler import continuous_batching
 from ..engine.tree import Node
 from ..models.lm import LM
@@ -294,6 +294,7 @@ def probe_steps(
     """
     task = as_task(texts, labels)
     _check_how(decoding, reading, collisions, hidden, attention, no_cache)
+    check_folder(folder)
     seed = check_whole("seed", seed, least=0)
     if batch_size is not None:
         batch_size = check_whole("batch_size", batch_size, least=1)
