@@ -157,6 +157,16 @@ def test_texts_and_labels_of_probing(lm, texts, labels, error, says):
         probe_steps(lm, texts, shots=0, labels=labels, progress=False)
 
 
+def test_a_tokenizer_of_another_model(tiny_folder, task):
+    lm = load_lm(tiny_folder)
+    lm.model.resize_token_embeddings(100)
+    with refused(ValueError, "but the model has tokens 0 to 99: they do not belong together", lm):
+        probe_steps(lm, task, shots=0, progress=False)
+    asked = [list_prompts([text], LABELS, template=BARE) for text in TEXTS]
+    with refused(ValueError, "but the model has tokens 0 to 99", lm):
+        ask_questions(lm, asked, ("!", "#"), progress=False)
+
+
 def test_a_name_is_no_model(task):
     with refused(TypeError, "lm is 'smollm2-135m', a str"):
         probe_steps("smollm2-135m", task, shots=0, progress=False)

@@ -180,14 +180,19 @@ def _check_multi(task: AnnotatedTexts):
         )
 
 
+def _is_table(array: np.ndarray, columns: int) -> bool:
+    "Whether these are rows of numbers, at least one, with so many columns."
+    is_table = array.ndim == 2 and len(array) > 0 and array.shape[1] == columns
+    return is_table and array.dtype.kind in "iuf"
+
+
 def _as_prior(prior, task: AnnotatedTexts) -> np.ndarray | None:
     "The prior as an array (steps, L + 1); raises `ValueError` for what is none."
     if prior is None:
         return None
     prior = np.asarray(prior)
     size = len(task.labels.outcomes)
-    is_table = prior.ndim == 2 and len(prior) and prior.shape[1] == size
-    if not is_table or prior.dtype.kind not in "iuf":
+    if not _is_table(prior, size):
         raise ValueError(
             f"prior has shape {prior.shape}: give probabilities (steps, {size}), of the labels and "
             "none, as step_prior returns them"
@@ -195,6 +200,12 @@ def _as_prior(prior, task: AnnotatedTexts) -> np.ndarray | None:
     if not np.isfinite(prior).all() or (prior <= 0).any():
         raise ValueError("prior is divided out, so each value in it must be a number above 0")
     return prior
+
+
+def _by_length(questions: ListQuestions) -> list[int]:
+    "The positions of all texts, those with short prompts first."
+    tails = questions.rows.tails
+    return sorted(range(len(tails)), key=lambda i: len(tails[i]))
 
 
 def _settings(lm, task, questions, prior, how) -> dict:
@@ -227,11 +238,9 @@ def _over_texts(
         trees = OutputTree(questions, tree, reader, batch, prior)
         return work(trees.expand, len(batch))
 
-    tails = questions.rows.tails
-    by_length = sorted(range(len(task)), key=lambda i: len(tails[i]))
     size = min(8, batch_size_for(lm, 40 * questions.answer_tokens.longest_answer))
     desc = f"output trees of {task.name}"
-    return in_batches(run, by_length, size, desc, progress, folder, settings)
+    return in_batches(run, _by_length(questions), size, desc, progress, folder, settings)
 
 # %% ../../nbs/alignment/07_output_tree.ipynb #8dbfc162
 @dataclass

@@ -26,6 +26,7 @@ from ..engine.backend import prompt_tree
 from ..engine.runs import check_folder, in_batches, run_settings
 from ..engine.tree import Node, TokenRows, compute_groups
 from ..models.lm import LM
+from ..probing.asking import check_vocabulary
 
 # %% ../../nbs/alignment/04_questions.ipynb #bd96f5b5
 def question_trie(root: Node, rows: Sequence[Sequence[int]]) -> tuple[list[Node], list[int]]:
@@ -166,6 +167,7 @@ def ask_questions(
     watch = _first_tokens(lm, answers, prompts[0][0].before_answer)
     rows = TokenRows(lm.encode_prompt(prompt) for questions in prompts for prompt in questions)
     _check_lengths(lm, rows)
+    check_vocabulary(lm, rows)
 
     # Per text, its questions as ids: what follows the beginning that all questions share.
     tails = iter(rows.tails)

@@ -58,8 +58,8 @@ class Batches:
         "Make two batches of the first waiting one."
         items = self.waiting.popleft()["items"]
         middle = len(items) // 2
-        self.waiting.appendleft({"items": items[middle:]})
-        self.waiting.appendleft({"items": items[:middle]})
+        for half in (items[middle:], items[:middle]):
+            self.waiting.appendleft({"items": half})
 
     def answers(self) -> list:
         "All answers by position, when no batch waits."

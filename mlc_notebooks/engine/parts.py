@@ -29,13 +29,17 @@ def _check_array(value):
     )
 
 
+def _is_plain(value) -> bool:
+    "Whether JSON has this value as it is."
+    is_number_or_text = isinstance(value, (bool, int, float, str))
+    return value is None or is_number_or_text and not isinstance(value, np.generic)
+
+
 def _as_json(value, arrays: dict):
     "`value` for JSON; its arrays are put into `arrays`, under the name that stands for them."
     if isinstance(value, np.str_):
         return str(value)
-    if isinstance(value, (bool, int, float, str)) and not isinstance(value, np.generic):
-        return value
-    if value is None:
+    if _is_plain(value):
         return value
 
     kind = type(value)

@@ -55,6 +55,15 @@ class SettingsChanged(ValueError):
     "A folder holds a run with other settings."
 
 
+def _changed(before: dict, now: dict) -> list[str]:
+    "What was and what is, for each setting that differs."
+    return [
+        f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
+
+
 def check_same_settings(
     folder: str | Path,  # for the message
     before: dict,  # the settings of the run in the folder, as read from JSON
@@ -65,12 +74,7 @@ def check_same_settings(
     Raises `SettingsChanged`, which names each setting that differs, its old and its new value, and
     what to do.
     """
-    now = json_settings(now)
-    changed = [
-        f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
-        for name in {**before, **now}
-        if before.get(name) != now.get(name)
-    ]
+    changed = _changed(before, json_settings(now))
     if changed:
         raise SettingsChanged(
             f"{folder} holds a run with other settings: {'; '.join(changed)}. "
@@ -87,13 +91,16 @@ def _name_parts(batches: list[dict]) -> list[dict]:
     return batches
 
 
+def _has_items(batch) -> bool:
+    return isinstance(batch, dict) and isinstance(batch.get("items"), list)
+
+
 def _check_manifest(manifest):
     "Raises `ValueError` for all but what a run has written."
     if not isinstance(manifest, dict) or not isinstance(manifest.get("settings"), dict):
         raise ValueError("it holds no settings")
     batches = manifest.get("batches")
-    is_list = isinstance(batches, list) and all(isinstance(batch, dict) for batch in batches)
-    if not is_list or not all(isinstance(batch.get("items"), list) for batch in batches):
+    if not isinstance(batches, list) or not all(map(_has_items, batches)):
         raise ValueError("it holds no batches")
     check_plan([batch["items"] for batch in batches])
     if _name_parts([dict(batch) for batch in batches]) != batches:
@@ -131,13 +138,18 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def _is_whole(part: Path, written: str) -> bool:
+    "Whether a part is there and has the hash with which it was written."
+    return part.is_file() and _sha256(part.read_bytes()) == written
+
+
 def _without_damaged_parts(folder: Path, batches: list[dict]) -> list[dict]:
     "The batches; those whose part is not as it was written are to be computed again."
     for batch in batches:
         if "sha256" not in batch:
             continue
         part = folder / batch["part"]
-        if part.is_file() and _sha256(part.read_bytes()) == batch["sha256"]:
+        if _is_whole(part, batch["sha256"]):
             continue
         warnings.warn(
             f"{part} is damaged or gone: its {len(batch['items'])} texts are computed again",
@@ -230,6 +242,23 @@ def check_folder(folder: str | Path | None) -> None:
         raise ValueError(f"folder is {folder!r:.80}: name a folder, or give None to keep nothing")
 
 
+def _compute_next(run: Batches, work: Callable, bar):
+    "Keep the answers to the first waiting batch, or halve it where it does not fit into memory."
+    batch = run.waiting[0]["items"]
+    answers = []
+    try:
+        for answer in work(batch):
+            answers.append(answer)
+            advance(bar, 1)
+    except (MemoryError, RuntimeError) as error:
+        if len(batch) == 1 or not _out_of_memory(error):
+            raise
+        advance(bar, -len(answers))
+        run.halve()
+    else:
+        run.keep(answers)
+
+# %% ../../nbs/engine/09_runs.ipynb #fc59d2e1
 def in_batches(
     work: Callable[[list[int]], Iterable],  # a batch's positions -> an answer for each
     positions: Sequence[int],  # 0 to n - 1, in the order in which they are computed
@@ -257,19 +286,7 @@ def in_batches(
             print(f"{desc}: continuing, {before}", file=sys.stderr)
         with progress_bar(len(positions), run.done, desc, progress) as bar:
             while run.waiting:
-                batch = run.waiting[0]["items"]
-                answers = []
-                try:
-                    for answer in work(batch):
-                        answers.append(answer)
-                        advance(bar, 1)
-                except (MemoryError, RuntimeError) as error:
-                    if len(batch) == 1 or not _out_of_memory(error):
-                        raise
-                    advance(bar, -len(answers))
-                    run.halve()
-                else:
-                    run.keep(answers)
+                _compute_next(run, work, bar)
         return run.answers()
 
 # %% ../../nbs/engine/09_runs.ipynb #2b74f79c
@@ -341,8 +358,7 @@ def discard_runs(folder: str | Path) -> None:
     is damaged, so that nobody knows what its run has written.
     """
     folder = Path(folder)
-    homes = [lock.parent for lock in folder.rglob("run.lock")]
-    for home in sorted(homes, reverse=True):
-        with claimed(home):
+    for lock in sorted(folder.rglob("run.lock"), reverse=True):
+        with claimed(lock.parent) as home:
             _discard_files(home)
         _remove_empty(home, folder)

@@ -180,6 +180,12 @@ def attention_code(model: torch.nn.Module, kind: str | None) -> Iterator[None]:
             model.set_attn_implementation(before)
 
 # %% ../../nbs/engine/01_tree.ipynb #a14a6448
+def _last_attention(attentions: Sequence[torch.Tensor]) -> np.ndarray:
+    "Where the last token of one text looks: (layers, tokens), mean over heads."
+    of_last = [layer[0, :, -1].float().mean(0) for layer in attentions]
+    return torch.stack(of_last).cpu().numpy()
+
+
 class PlainTree:
     "A prompt tree that computes every path from its beginning."
 
@@ -214,8 +220,7 @@ class PlainTree:
         if hidden:
             found.hidden = hidden_states_at(out.hidden_states, [-1])
         if attention:
-            of_last = [layer[0, :, -1].float().mean(0) for layer in out.attentions]
-            found.attention = [torch.stack(of_last).cpu().numpy()]
+            found.attention = [_last_attention(out.attentions)]
         return found
 
     def rewind(self):

@@ -23,6 +23,7 @@ from .asking import ListQuestions as ListQuestions
 from .asking import as_task as as_task
 from .asking import ask_for_lists as ask_for_lists
 from .asking import check_collisions as check_collisions
+from .asking import check_vocabulary as check_vocabulary
 from .asking import list_settings as list_settings
 from .internals import attention_shares as attention_shares
 from .internals import read_states as read_states

@@ -91,6 +91,9 @@ def _read_first_tokens(
     return values, float(np.exp(list(beginnings.values())).sum())
 
 # %% ../../nbs/probing/00_reading.ipynb #27616496
+READINGS = ("exact", "first_token")
+
+
 def _mass(logprobs: np.ndarray, columns: list[int]) -> float:
     "The probability of these tokens together."
     return float(np.exp(logprobs[columns]).sum())
@@ -105,10 +108,16 @@ def _watched(answer_tokens: AnswerTokens) -> np.ndarray:
         watched += [answer_tokens.bare, *answer_tokens.bare_go, *answer_tokens.bare_stop]
     return np.unique(np.array(watched, dtype=int))
 
+
+def _check_possible(values: np.ndarray, position: int):
+    "Raises `ValueError` where each outcome has a log-probability of minus infinity."
+    if values.max() == -np.inf:
+        raise ValueError(
+            f"at label {position + 1} the model gives every label, and none, a probability of 0: "
+            "it cannot write them, ask it in another format"
+        )
+
 # %% ../../nbs/probing/00_reading.ipynb #27e560b6
-READINGS = ("exact", "first_token")
-
-
 class StepReader:
     """Reads steps from log-probabilities of the tokens in `watch`.
 
@@ -150,11 +159,8 @@ class StepReader:
         else:
             terminators = self.answer_tokens.terminators
             values, mass = _read_exact(trie, rows, self.column, terminators, size)
-        if mass == 0 and values.max() == -np.inf:
-            raise ValueError(
-                f"at label {position + 1} the model gives every label, and none, a probability of "
-                "0: it cannot write them, ask it in another format"
-            )
+        if mass == 0:
+            _check_possible(values, position)
         return values, mass
 
     def stop_masses(self, after: np.ndarray, after_quote: np.ndarray | None) -> dict[str, float]:

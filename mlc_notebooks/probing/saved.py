@@ -126,6 +126,13 @@ def _read_items(folder: Path) -> pd.DataFrame:
     return items
 
 
+def _one_per_step(tidy: pd.DataFrame, outcomes: int) -> pd.DataFrame:
+    "The table of steps: every so many rows of the tidy one."
+    steps = tidy.iloc[::outcomes][["example", "step", *STEP_COLUMNS]].reset_index(drop=True)
+    steps["flags"] = steps["flags"].map(str.split).map(tuple)
+    return steps
+
+
 def _read_steps(
     folder: Path, items: pd.DataFrame, outcomes: tuple[str, ...]
 ) -> tuple[pd.DataFrame, np.ndarray]:
@@ -135,9 +142,7 @@ def _read_steps(
     try:
         _check_tidy(tidy, items, outcomes)
         _check_numbers(tidy)
-        one_per_step = tidy.iloc[:: len(outcomes)]
-        steps = one_per_step[["example", "step", *STEP_COLUMNS]].reset_index(drop=True)
-        steps["flags"] = steps["flags"].map(str.split).map(tuple)
+        steps = _one_per_step(tidy, len(outcomes))
     except (ValueError, TypeError) as error:
         raise _damaged(path, error) from None
     return steps, tidy["logprob"].to_numpy().reshape(len(steps), -1)
@@ -168,6 +173,12 @@ def _read_attention(folder: Path, steps: int) -> np.ndarray | None:
     return array
 
 
+def _steps_with_states(steps: pd.DataFrame, settings: dict) -> int:
+    "How many steps have hidden states: all, or the first of each text."
+    first_only = settings.get("hidden") == "first"
+    return int((steps["step"] == 1).sum()) if first_only else len(steps)
+
+
 def read_trace(folder: Path) -> dict:
     """The parts of the trace in a folder, by name.
 
@@ -177,13 +188,12 @@ def read_trace(folder: Path) -> dict:
     labels, settings = _read_header(folder)
     items = _read_items(folder)
     steps, logprobs = _read_steps(folder, items, labels.outcomes)
-    with_states = steps["step"] == 1 if settings.get("hidden") == "first" else steps["step"] > 0
     return {
         "labels": labels,
         "items": items,
         "steps": steps,
         "logprobs": logprobs,
         "settings": settings,
-        "hidden": _read_array(folder / "hidden.npy", int(with_states.sum())),
+        "hidden": _read_array(folder / "hidden.npy", _steps_with_states(steps, settings)),
         "attention": _read_attention(folder, len(steps)),
     }

@@ -70,6 +70,10 @@ class _Probe:
     hidden: bool | str
     attention: bool
 
+    @property
+    def with_internals(self) -> bool:
+        return bool(self.hidden or self.attention)
+
     def answer(self, start: Node, drafts: NgramDrafter) -> Generator:
         "A generator that decodes the answer after `start`, then reads its steps."
         lm, answer_tokens = self.tree.lm, self.asked.answer_tokens
@@ -97,9 +101,8 @@ class _Probe:
     def batch(self, positions: Sequence[int]) -> Iterator[tuple]:
         "Of each text at these positions the output, its outcomes, flags and the rows of its steps."
         self.tree.rewind()
-        with_states = bool(self.hidden or self.attention)
-        answers = self.decode(positions, keep=with_states)
-        if with_states:
+        answers = self.decode(positions, keep=self.with_internals)
+        if self.with_internals:
             answers = self.with_states(list(answers))
         for decoded, readings in answers:
             rows = _step_rows(decoded, readings)
@@ -164,6 +167,16 @@ def _stack(rows: list[dict], name: str) -> np.ndarray | None:
     return np.stack(kept) if kept else None
 
 
+def _step_table(ids: Sequence[str], answers: Sequence[list[dict]]) -> pd.DataFrame:
+    "One row per step, from the rows of each answer."
+    numbered = [
+        (item, number, *(row[name] for name in STEP_COLUMNS))
+        for item, answer in zip(ids, answers)
+        for number, row in enumerate(answer, 1)
+    ]
+    return pd.DataFrame(numbered, columns=["example", "step", *STEP_COLUMNS])
+
+
 def _assemble(
     task: AnnotatedTexts, found: list[tuple], prompt_flags: list[set], settings: dict
 ) -> Trace:
@@ -174,18 +187,11 @@ def _assemble(
         {"text": task.texts, "output": outputs, "outcomes": outcomes, "flags": flags},
         pd.Index(task.ids, name="id"),
     )
-
     rows = [row for answer in answers for row in answer]
-    numbered = [
-        (item, number, *(row[name] for name in STEP_COLUMNS))
-        for item, answer in zip(task.ids, answers)
-        for number, row in enumerate(answer, 1)
-    ]
-    steps = pd.DataFrame(numbered, columns=["example", "step", *STEP_COLUMNS])
     return Trace(
         task.labels,
         items,
-        steps,
+        _step_table(task.ids, answers),
         _stack(rows, "values"),
         settings,
         _stack(rows, "hidden"),
@@ -197,8 +203,9 @@ def _hash_of_prompts(prompts: Iterable) -> str:
     "A short hash of all prompts of a run, as text."
     found = hashlib.sha256()
     for i, prompt in enumerate(prompts):
-        text = prompt.plain()
-        found.update((text if i == 0 else f"\0{text}").encode())
+        if i > 0:
+            found.update(b"\0")
+        found.update(prompt.plain().encode())
     return found.hexdigest()[:16]
 
 
@@ -217,6 +224,13 @@ def _what_was_asked(lm: LM, task: AnnotatedTexts, asked: ListQuestions) -> dict:
     }
 
 # %% ../../nbs/probing/05_steps.ipynb #1eadc216
+def _new_probe(lm: LM, asked: ListQuestions, how: dict, no_cache: bool) -> _Probe:
+    "The probe of a run, with its tree."
+    tree = prompt_tree(lm, asked.rows.shared, no_cache)
+    reader = StepReader(asked.answer_tokens, how["reading"])
+    return _Probe(tree, asked, reader, how["decoding"], how["hidden"], how["attention"])
+
+
 def _run(
     lm: LM,
     task: AnnotatedTexts,
@@ -230,12 +244,8 @@ def _run(
 ) -> Trace:
     "The trace of a run whose arguments are checked."
     started = time.time()
-    tree = prompt_tree(lm, asked.rows.shared, no_cache)
-    reader = StepReader(asked.answer_tokens, how["reading"])
-    probe = _Probe(tree, asked, reader, how["decoding"], how["hidden"], how["attention"])
-
-    with_states = bool(how["hidden"] or how["attention"])
-    size = _batch_size(lm, asked, batch_size, with_states, folder)
+    probe = _new_probe(lm, asked, how, no_cache)
+    size = _batch_size(lm, asked, batch_size, probe.with_internals, folder)
     order = _plan(asked, task.texts, size)
     kept = None
     if folder:
@@ -245,12 +255,12 @@ def _run(
     made = {
         **settings,
         "batch_size": size,
-        "packed": isinstance(tree, PackedTree),
+        "packed": isinstance(probe.tree, PackedTree),
         "seconds": round(time.time() - started, 2),
     }
     return _assemble(task, found, asked.flags, made)
 
-# %% ../../nbs/probing/05_steps.ipynb #d4adfc2e
+# %% ../../nbs/probing/05_steps.ipynb #962d459c
 def _check_how(decoding, reading, collisions, hidden, attention, no_cache):
     "Raises `ValueError`, which lists the choices, for an option that has no such value."
     check_choice("decoding", decoding, ("free", "guided"))
@@ -260,7 +270,7 @@ def _check_how(decoding, reading, collisions, hidden, attention, no_cache):
     check_choice("attention", attention, (False, True))
     check_choice("no_cache", no_cache, (False, True))
 
-
+# %% ../../nbs/probing/05_steps.ipynb #d4adfc2e
 def probe_steps(
     lm: LM,
     texts: AnnotatedTexts | Sequence[str],  # a task, or plain strings with `labels`
