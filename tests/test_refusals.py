@@ -162,9 +162,6 @@ def test_a_tokenizer_of_another_model(tiny_folder, task):
     lm.model.resize_token_embeddings(100)
     with refused(ValueError, "but the model has tokens 0 to 99: they do not belong together", lm):
         probe_steps(lm, task, shots=0, progress=False)
-    asked = [list_prompts([text], LABELS, template=BARE) for text in TEXTS]
-    with refused(ValueError, "but the model has tokens 0 to 99", lm):
-        ask_questions(lm, asked, ("!", "#"), progress=False)
 
 
 def test_a_name_is_no_model(task):
@@ -731,23 +728,10 @@ def test_outcomes_without_a_probability(lm):
         inclusion_bounds(lm, single, shots=0, progress=False)
 
 
-QUESTIONS = [
-    (dict(answers="yes"), ValueError, "answers is 'yes'"),
-    (dict(answers=("yes",)), ValueError, "answers is ('yes',)"),
-    (dict(answers=()), ValueError, "answers is ()"),
-    (dict(answers=("yes", "")), ValueError, "answers is ('yes', '')"),
-    (dict(answers=("yes", None)), ValueError, "answers is ('yes', None)"),
-    (dict(answers=("yes", "yes please")), ValueError, "begin with the same token"),
-    (dict(prompts=[]), ValueError, "prompts holds no questions"),
-    (dict(prompts=[[]]), ValueError, "prompts holds no questions"),
-    (dict(folder=""), ValueError, "folder is ''"),
-    (dict(lm="smollm2-135m"), TypeError, "lm is 'smollm2-135m'"),
-]
-
-
-@pytest.mark.parametrize("changed, error, says", QUESTIONS, ids=lambda one: str(one)[:40])
-def test_arguments_of_questions(lm, changed, error, says):
+def test_questions_in_no_folder(lm):
     asked = [list_prompts([text], LABELS, template=BARE) for text in TEXTS]
-    given = dict(lm=lm, prompts=asked, answers=("yes", "no"), progress=False)
-    with refused(error, says, lm):
-        ask_questions(**given | changed)
+    for folder, says in (("", "folder is ''"), (5, "folder is 5")):
+        with refused(ValueError, says):
+            ask_questions(lm, asked, ("yes", "no"), progress=False, folder=folder)
+    with refused(ValueError, "begin with the same token", lm):
+        ask_questions(lm, asked, ("yes", "yellow"), progress=False)

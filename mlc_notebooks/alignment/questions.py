@@ -18,15 +18,13 @@ import pandas as pd
 from scipy.special import softmax
 
 from .registry import zero_shot_method
-from ..data.checks import check_kind
 from ..data.demonstrations import unary_demonstrations_for
 from ..data.prompts import Prompt, check_texts, unary_prompts
 from ..data.texts import AnnotatedTexts
 from ..engine.backend import prompt_tree
-from ..engine.runs import check_folder, in_batches, run_settings
+from ..engine.runs import in_batches, run_settings
 from ..engine.tree import Node, TokenRows, compute_groups
 from ..models.lm import LM
-from ..probing.asking import check_vocabulary
 
 # %% ../../nbs/alignment/04_questions.ipynb #bd96f5b5
 def question_trie(root: Node, rows: Sequence[Sequence[int]]) -> tuple[list[Node], list[int]]:
@@ -82,16 +80,6 @@ def two_way(logprobs: np.ndarray) -> np.ndarray:
     return softmax(logprobs.astype(float), axis=1)[:, 0]
 
 # %% ../../nbs/alignment/04_questions.ipynb #41ab9059
-def _check_questions(lm, prompts, answers):
-    "Raises `TypeError` for what is no model, `ValueError` where there is nothing to ask."
-    check_kind("lm", lm, LM, "a model, as load_lm returns it")
-    words = [] if isinstance(answers, str) else [word for word in answers if isinstance(word, str)]
-    if len(words) < 2 or len(words) < len(answers) or not all(map(str.strip, words)):
-        raise ValueError(f"answers is {answers!r:.80}: give two words or more to choose from")
-    if not len(prompts) or not all(map(len, prompts)):
-        raise ValueError("prompts holds no questions: give at least one for each text")
-
-
 def _first_tokens(lm: LM, answers: Sequence[str], before: str) -> list[int]:
     "The first token of each answer; raises `ValueError` where two are the same."
     firsts = [lm.encode_text(before + answer)[0] for answer in answers]
@@ -160,14 +148,10 @@ def ask_questions(
     Raises `ValueError` where two answers begin with the same token, or a prompt does not fit the
     context, and for a folder what `in_batches` raises.
     """
-    _check_questions(lm, prompts, answers)
-    check_folder(folder)
-
     # Encode everything and check it before the model is run.
     watch = _first_tokens(lm, answers, prompts[0][0].before_answer)
     rows = TokenRows(lm.encode_prompt(prompt) for questions in prompts for prompt in questions)
     _check_lengths(lm, rows)
-    check_vocabulary(lm, rows)
 
     # Per text, its questions as ids: what follows the beginning that all questions share.
     tails = iter(rows.tails)
