@@ -340,7 +340,7 @@ def test_hidden_states_of_the_first_step_only(tuned_lm, task, deep):
         np.testing.assert_allclose(lean.hidden, deep.hidden[first], atol=1e-2, rtol=1e-3)
     assert list(lean.states(30).index) == list(deep.states(30).index) == list(few.ids)
     np.testing.assert_allclose(lean.attention, deep.attention, atol=1e-4)
-    with pytest.raises(ValueError, match="unknown hidden 'last'"):
+    with pytest.raises(ValueError, match="hidden is 'last'"):
         probe_steps(tuned_lm, few, hidden="last", progress=False)
 
 

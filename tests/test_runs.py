@@ -33,7 +33,7 @@ from mlc_notebooks.engine import (
     part_bytes,
     read_part,
 )
-from mlc_notebooks.engine.runs import _advance, _progress_bar
+from mlc_notebooks.engine.batches import advance, progress_bar
 from mlc_notebooks.models import LM, load_lm
 from mlc_notebooks.probing import Trace, probe_steps
 
@@ -523,13 +523,13 @@ def test_discarding_leaves_everything_else(tmp_path):
 @pytest.mark.parametrize("done", [0, 20])
 def test_no_estimate_before_a_tenth_of_the_work_is_done(done):
     "A tenth of what this call computes: the first texts are the longest, or what was done before."
-    with _progress_bar(40, done, "asking", True) as bar:
+    with progress_bar(40, done, "asking", True) as bar:
         for computed in range(1, 8):
-            _advance(bar, 1)
+            advance(bar, 1)
             assert ("<" in str(bar)) == (computed * 10 >= 40 - done)
         assert f"{done + 7}/40" in str(bar)
-    with _progress_bar(40, done, "asking", False) as silent:
-        _advance(silent, 1)
+    with progress_bar(40, done, "asking", False) as silent:
+        advance(silent, 1)
 
 
 def test_each_changed_setting_is_named():

@@ -58,6 +58,8 @@ from .tree_search import Expand as Expand
 from .tree_search import Found as Found
 from .tree_search import Prefix as Prefix
 from .tree_search import best_first as best_first
+from .tree_search import check_draws as check_draws
+from .tree_search import check_limits as check_limits
 from .tree_search import sample_outputs as sample_outputs
 from .output_tree import Bounds as Bounds
 from .output_tree import OutputTree as OutputTree

@@ -18,11 +18,20 @@ import pandas as pd
 
 from .calibration import step_prior
 from .registry import zero_shot_method
-from .tree_search import Branch, Found, Prefix, best_first, sample_outputs
+from mlc_notebooks.alignment.tree_search import (
+    Branch,
+    Found,
+    Prefix,
+    best_first,
+    check_draws,
+    check_limits,
+    sample_outputs,
+)
+from ..data.checks import check_choice, check_kind
 from ..data.texts import AnnotatedTexts
 from ..engine.backend import prompt_tree
 from ..engine.memory import batch_size_for
-from ..engine.runs import digest, in_batches, run_folder
+from ..engine.runs import check_folder, digest, in_batches, run_folder
 from ..engine.tree import Node, PromptTree, compute_groups, in_chunks
 from ..models.lm import LM
 from ..models.tokens import AnswerTokens, Form
@@ -80,14 +89,15 @@ def _read_branch(
     logprobs, _ = reader.read(position, here, below[:size])
 
     after_quote = below[size:] if len(below) > size else [None] * len(ends)
-    go = []
-    for end, quote in zip(ends, after_quote):
-        masses = reader.stop_masses(below[end], quote)
-        go.append(p_go(masses["go"], masses["stop"]))
-
+    go = [_p_go(reader, below[end], quote) for end, quote in zip(ends, after_quote)]
     if prior is not None:
         prior = prior[min(position, len(prior) - 1)]
     return Branch.read(logprobs, np.array(go), prefix, prior)
+
+
+def _p_go(reader: StepReader, after: np.ndarray, after_quote: np.ndarray | None) -> float:
+    masses = reader.stop_masses(after, after_quote)
+    return p_go(masses["go"], masses["stop"])
 
 # %% ../../nbs/alignment/07_output_tree.ipynb #181ff86d
 _TOKENS_AT_ONCE = 1024  # in the tries that are computed together
@@ -137,17 +147,20 @@ class OutputTree:
     def expand(self, wanted: list[tuple[int, Prefix]]) -> list[Branch]:
         "The branches at prefixes of texts; a prefix comes later than its own beginnings."
         fresh = [key for key in dict.fromkeys(wanted) if key not in self.branches]
-        if fresh and not self.contexts:
+        if fresh:
+            self._look_at(fresh)
+        return [self.branches[key] for key in wanted]
+
+    def _look_at(self, fresh: list[tuple[int, Prefix]]):
+        if not self.contexts:
             self.tree.compute(self.starts, self.reader.watch)
         for text, prefix in fresh:
             self.contexts[text, prefix] = self._context(text, prefix)
 
-        if fresh:
-            prefixes = [prefix for _, prefix in fresh]
-            contexts = [self.contexts[key] for key in fresh]
-            branches = _look(self.tree, self.reader, prefixes, contexts, self.prior)
-            self.branches.update(zip(fresh, branches))
-        return [self.branches[key] for key in wanted]
+        prefixes = [prefix for _, prefix in fresh]
+        contexts = [self.contexts[key] for key in fresh]
+        branches = _look(self.tree, self.reader, prefixes, contexts, self.prior)
+        self.branches.update(zip(fresh, branches))
 
     def _context(self, text: int, prefix: Prefix) -> Node:
         answer_tokens = self.reader.answer_tokens
@@ -158,6 +171,49 @@ class OutputTree:
         return _write_label(parent, answer_tokens, len(before), label)
 
 # %% ../../nbs/alignment/07_output_tree.ipynb #0e912faf
+def _check_multi(task: AnnotatedTexts):
+    "Raises `ValueError` for a task whose lists hold one label."
+    if not task.labels.is_multi:
+        raise ValueError(
+            f"{task.name} is a single-label task: its outputs hold one label, "
+            "so step 1 is the marginal"
+        )
+
+
+def _is_table(array: np.ndarray, columns: int) -> bool:
+    "Whether these are rows of numbers, at least one, with so many columns."
+    is_table = array.ndim == 2 and len(array) > 0 and array.shape[1] == columns
+    return is_table and array.dtype.kind in "iuf"
+
+
+def _as_prior(prior, task: AnnotatedTexts) -> np.ndarray | None:
+    "The prior as an array (steps, L + 1); raises `ValueError` for what is none."
+    if prior is None:
+        return None
+    prior = np.asarray(prior)
+    size = len(task.labels.outcomes)
+    if not _is_table(prior, size):
+        raise ValueError(
+            f"prior has shape {prior.shape}: give probabilities (steps, {size}), of the labels and "
+            "none, as step_prior returns them"
+        )
+    if not np.isfinite(prior).all() or (prior <= 0).any():
+        raise ValueError("prior is divided out, so each value in it must be a number above 0")
+    return prior
+
+
+def _by_length(questions: ListQuestions) -> list[int]:
+    "The positions of all texts, those with short prompts first."
+    tails = questions.rows.tails
+    return sorted(range(len(tails)), key=lambda i: len(tails[i]))
+
+
+def _settings(lm, task, questions, prior, how) -> dict:
+    "What decides the numbers, for the folder that keeps them."
+    prior_hash = None if prior is None else digest(prior.tolist())
+    return list_settings(lm, task, questions, prior=prior_hash, **how)
+
+# %% ../../nbs/alignment/07_output_tree.ipynb #620b662d
 def _over_texts(
     lm: LM,
     task: AnnotatedTexts,
@@ -169,28 +225,22 @@ def _over_texts(
     **asking,  # of `ask_for_lists`
 ) -> list:
     "What `work` answers for each text, in the order of the task."
-    if not task.labels.is_multi:
-        raise ValueError(
-            f"{task.name} is a single-label task: its outputs hold one label, "
-            "so step 1 is the marginal"
-        )
+    check_kind("task", task, AnnotatedTexts, "a task, as load_task returns it")
+    _check_multi(task)
+    check_folder(folder)
+    prior = _as_prior(prior, task)
     questions = ask_for_lists(lm, task, **asking)
     reader = StepReader(questions.answer_tokens, "exact")
     tree = prompt_tree(lm, questions.rows.shared)
-    settings = None
-    if folder:
-        prior_hash = None if prior is None else digest(np.asarray(prior).tolist())
-        settings = list_settings(lm, task, questions, prior=prior_hash, **how)
+    settings = _settings(lm, task, questions, prior, how) if folder else None
 
     def run(batch):
         trees = OutputTree(questions, tree, reader, batch, prior)
         return work(trees.expand, len(batch))
 
-    tails = questions.rows.tails
-    by_length = sorted(range(len(task)), key=lambda i: len(tails[i]))
     size = min(8, batch_size_for(lm, 40 * questions.answer_tokens.longest_answer))
     desc = f"output trees of {task.name}"
-    return in_batches(run, by_length, size, desc, progress, folder, settings)
+    return in_batches(run, _by_length(questions), size, desc, progress, folder, settings)
 
 # %% ../../nbs/alignment/07_output_tree.ipynb #8dbfc162
 @dataclass
@@ -230,9 +280,10 @@ def inclusion_bounds(
 ) -> Bounds:
     """P(label in the output) in the guided tree, by best-first expansion, for every item.
 
-    Raises `ValueError` for a single-label task, what `ask_for_lists` raises, and for a folder what
-    `in_batches` raises.
+    Raises `ValueError` for a single-label task or a limit out of range, what `ask_for_lists`
+    raises, and for a folder what `in_batches` raises.
     """
+    check_limits(tolerance, most_looks, cutoff)
     how = {"tolerance": tolerance, "most_looks": most_looks, "cutoff": cutoff}
 
     def work(expand, texts):
@@ -261,8 +312,11 @@ def sampled_marginals(
 ) -> pd.DataFrame:
     """P(label in the output) from drawn outputs, (n, L), clipped to [0, 1].
 
-    `.attrs["clipped"]` is the share of values that were clipped.
+    `.attrs["clipped"]` is the share of values that were clipped. Raises what `inclusion_bounds`
+    raises, and `ValueError` for less than one sample.
     """
+    check_draws(samples, sample_seed)
+    check_choice("rao_blackwell", rao_blackwell, (False, True))
     how = {"samples": samples, "seed": sample_seed}
 
     def work(expand, texts):
@@ -270,7 +324,10 @@ def sampled_marginals(
         return np.stack(both, axis=1)  # (texts, 2, L)
 
     answers = _over_texts(lm, task, work, how, prior, progress, folder, shots=shots, **asking)
-    found = np.array(answers)[:, int(rao_blackwell)]
+    return _clipped(np.array(answers)[:, int(rao_blackwell)], task)
+
+
+def _clipped(found: np.ndarray, task: AnnotatedTexts) -> pd.DataFrame:
     outside = (found < 0) | (found > 1)
     marginals = pd.DataFrame(np.clip(found, 0, 1), pd.Index(task.ids, name="id"), list(task.labels))
     marginals.attrs["clipped"] = float(outside.mean())

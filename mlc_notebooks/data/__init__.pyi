@@ -22,10 +22,12 @@ from .labels import LabelSet as LabelSet
 from .labels import nfc as nfc
 from .labels import surface_forms as surface_forms
 from .checks import check_choice as check_choice
+from .checks import check_kind as check_kind
 from .checks import check_number as check_number
 from .checks import check_whole as check_whole
 from .files import claimed as claimed
 from .files import safe_name as safe_name
+from .files import whole_file as whole_file
 from .files import write_whole as write_whole
 from .answers import AnswerFormat as AnswerFormat
 from .answers import Entry as Entry

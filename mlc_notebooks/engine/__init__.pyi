@@ -1,4 +1,5 @@
 from . import memory as memory
+from . import finite as finite
 from . import tree as tree
 from . import attention as attention
 from . import cache as cache
@@ -7,6 +8,7 @@ from . import backend as backend
 from . import drafts as drafts
 from . import scheduler as scheduler
 from . import parts as parts
+from . import batches as batches
 from . import runs as runs
 from .memory import batch_size_for as batch_size_for
 from .memory import fit_threads as fit_threads
@@ -15,6 +17,10 @@ from .memory import reads_within as reads_within
 from .memory import return_freed_memory as return_freed_memory
 from .memory import tokens_under_way as tokens_under_way
 from .memory import tokens_within as tokens_within
+from .finite import NonFiniteOutput as NonFiniteOutput
+from .finite import broken_row as broken_row
+from .finite import first_non_finite as first_non_finite
+from .finite import non_finite_output as non_finite_output
 from .tree import Node as Node
 from .tree import PlainTree as PlainTree
 from .tree import Predictions as Predictions
@@ -56,13 +62,19 @@ from .scheduler import continuous_batching as continuous_batching
 from .scheduler import token_chain as token_chain
 from .parts import part_bytes as part_bytes
 from .parts import read_part as read_part
-from .runs import Batches as Batches
+from .batches import Batches as Batches
+from .batches import advance as advance
+from .batches import check_answers as check_answers
+from .batches import check_plan as check_plan
+from .batches import progress_bar as progress_bar
 from .runs import Run as Run
 from .runs import SettingsChanged as SettingsChanged
+from .runs import check_folder as check_folder
 from .runs import check_same_settings as check_same_settings
 from .runs import digest as digest
 from .runs import discard_runs as discard_runs
 from .runs import in_batches as in_batches
+from .runs import json_settings as json_settings
 from .runs import open_run as open_run
 from .runs import provenance as provenance
 from .runs import run_folder as run_folder

@@ -76,6 +76,12 @@ def sequence_chunk(pieces: Sequence[Piece]) -> SuffixChunk:
     rows = np.concatenate([np.arange(piece.row, piece.row + piece.size) for piece in pieces])
     slots = np.concatenate([node.slots[:length] for node, length in seen.items()])
     sees = np.zeros((len(rows), len(slots)), bool)
+    _mark_seen(sees, pieces, ancestors, first)
+    return SuffixChunk(rows, slots, sees, pieces[0].node.sequence.at or 0)
+
+
+def _mark_seen(sees: np.ndarray, pieces, ancestors, first: dict[Node, int]):
+    "Mark in (rows, slots) what each token sees: its ancestors, and its own node up to itself."
     at = 0
     for piece, before in zip(pieces, ancestors):
         mine = sees[at : at + piece.size]
@@ -84,7 +90,6 @@ def sequence_chunk(pieces: Sequence[Piece]) -> SuffixChunk:
         own = first[piece.node]
         mine[:, own : own + piece.end] = np.tri(piece.end, dtype=bool)[piece.begin :]
         at += piece.size
-    return SuffixChunk(rows, slots, sees, pieces[0].node.sequence.at or 0)
 
 
 def _seen_by_any(pieces, ancestors) -> dict[Node, int]:
@@ -102,14 +107,17 @@ def _before(node: Node) -> list[tuple[Node, int]]:
     return [(one, length) for one, length in runs if one.parent is not None]
 
 # %% ../../nbs/engine/02_attention.ipynb #53f5a4a6
-def chunks_of(pieces: Sequence[Piece]) -> list[SuffixChunk]:
-    "The chunks of a pass, sequence by sequence."
+def _by_sequence(pieces: Sequence[Piece]) -> list[list[Piece]]:
     of_sequence = {}
     for piece in pieces:
         of_sequence.setdefault(piece.node.sequence, []).append(piece)
+    return list(of_sequence.values())
 
+
+def chunks_of(pieces: Sequence[Piece]) -> list[SuffixChunk]:
+    "The chunks of a pass, sequence by sequence."
     chunks = []
-    for mine in of_sequence.values():
+    for mine in _by_sequence(pieces):
         sizes = [piece.size for piece in mine]
         for some in in_chunks(mine, sizes, CHUNK_TOKENS):
             chunks.append(sequence_chunk(some))
@@ -208,6 +216,15 @@ def _pick(states, which):
     return states.flatten(1).index_select(0, which)
 
 # %% ../../nbs/engine/02_attention.ipynb #996a07b8
+def _by_size(chunks: Sequence[SuffixChunk]) -> list[list[SuffixChunk]]:
+    "Chunks of about as many rows together, so that little is padded."
+    of_size = {}
+    for chunk in chunks:
+        size = (len(chunk.rows) - 1).bit_length() // 2
+        of_size.setdefault(size, []).append(chunk)
+    return list(of_size.values())
+
+
 class SharedPrefixAttention:
     """Attention of one pass in two parts, the prefix and each suffix, merged by log-sum-exp.
 
@@ -219,15 +236,10 @@ class SharedPrefixAttention:
         prefix = layout.chunks[0].prefix
         self.prefix = prefix // LANES * LANES  # its last tokens are looked at with the suffix
         self.used = False
-        of_size = {}
-        for chunk in layout.chunks:
-            size = (len(chunk.rows) - 1).bit_length() // 2
-            of_size.setdefault(size, []).append(chunk)
-
         self.padded = []
         place = np.zeros(len(layout.ids), int)  # where each row's result stands
         filled = 0
-        for chunks in of_size.values():
+        for chunks in _by_size(layout.chunks):
             padded = _PaddedChunks(chunks, np.arange(self.prefix, prefix), dtype)
             self.padded.append(padded)
             for i, chunk in enumerate(chunks):

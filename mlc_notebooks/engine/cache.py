@@ -75,10 +75,7 @@ class SlotLayer(DynamicLayer):
         if buffer is None:
             buffer = states[:0]
         if end > len(buffer):
-            room = max(self.slots.room, int(1.25 * end))
-            larger = buffer.new_empty((room, *buffer.shape[1:]))
-            larger[: self.known] = buffer[: self.known]
-            buffer = larger
+            buffer = self._larger(buffer)
         buffer[self.known : end] = 0  # a pass that fails midway leaves no garbage for the next
         into = self.slots.into
         if isinstance(into, slice):
@@ -86,6 +83,13 @@ class SlotLayer(DynamicLayer):
         else:
             buffer.index_copy_(0, into.to(buffer.device), states)
         return buffer
+
+    def _larger(self, buffer):
+        "A copy with room for all slots and more."
+        room = max(self.slots.room, int(1.25 * self.slots.end))
+        larger = buffer.new_empty((room, *buffer.shape[1:]))
+        larger[: self.known] = buffer[: self.known]
+        return larger
 
     def update(self, keys, values, *args, **kwargs):
         "The same for the models' own code: (1, key heads, tokens, d)."

@@ -14,6 +14,7 @@ import os
 
 import torch
 
+from ..data.checks import check_choice
 from ..models.lm import LM
 
 # %% ../../nbs/engine/00_memory.ipynb #53e309e7
@@ -97,9 +98,7 @@ def process_policy(purpose: str):
     environment says already is left alone. Raises `ValueError` for another purpose.
     """
     global _policy
-    if purpose not in ("probing", "training"):
-        raise ValueError(f"unknown purpose {purpose!r}: choose 'probing' or 'training'")
-
+    check_choice("purpose", purpose, ("probing", "training"))
     fit_threads()
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     if purpose != _policy:

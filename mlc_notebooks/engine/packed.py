@@ -24,6 +24,7 @@ from mlc_notebooks.engine.attention import (
     slots_of_path,
 )
 from .cache import SlotLayer, Slots, cache_name
+from .finite import broken_row, non_finite_output
 from .memory import reads_within, return_freed_memory, tokens_under_way
 from .tree import Node, Predictions, attention_code, hidden_states_at
 from ..models.lm import LM
@@ -64,28 +65,37 @@ def _filled_up(count: int, device: torch.device) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def lay_out(pieces: Sequence[Piece], slots: Slots, device: torch.device) -> PassLayout:
-    "The layout of a pass; its nodes are given their slots."
+def _tokens_of(pieces: Sequence[Piece]) -> tuple[list[int], list[int]]:
+    "The ids of a pass's tokens, and where in their texts these stand."
     ids = []
     positions = []
-    reads = []
     for piece in pieces:
         start = piece.node.depth + piece.begin
         ids.extend(piece.node.ids[piece.begin : piece.end])
         positions.extend(range(start, start + piece.size))
-        if piece.finishes:
-            reads.append(len(ids) - 1)
+    return ids, positions
+
+
+def _give_slots(pieces: Sequence[Piece], taken: np.ndarray):
+    "Tell the nodes of a pass which slots their tokens have, in the order of its rows."
+    for piece in pieces:
+        mine = taken[piece.row : piece.row + piece.size]
+        if piece.begin > 0:
+            mine = np.concatenate([piece.node.slots, mine])
+        piece.node.slots = mine
+
+
+def lay_out(pieces: Sequence[Piece], slots: Slots, device: torch.device) -> PassLayout:
+    "The layout of a pass; its nodes are given their slots."
+    ids, positions = _tokens_of(pieces)
+    reads = [piece.row + piece.size - 1 for piece in pieces if piece.finishes]
 
     count = len(ids)
     filling = [0] * (_filled_up(count, device) - count)
     taken = slots.take(count + len(filling))
     slots.give_back(taken[count:].tolist())
     slots.set_positions(taken[:count], positions)
-    for piece in pieces:
-        mine = taken[piece.row : piece.row + piece.size]
-        if piece.begin > 0:
-            mine = np.concatenate([piece.node.slots, mine])
-        piece.node.slots = mine
+    _give_slots(pieces, taken)
     return PassLayout(ids + filling, positions + filling, reads, chunks_of(pieces))
 
 # %% ../../nbs/engine/04_packed.ipynb #1320d514
@@ -138,6 +148,41 @@ def _take_slots(nodes: Sequence[Node]) -> list[int]:
             node.slots = None
     return taken
 
+# %% ../../nbs/engine/04_packed.ipynb #9fe4dc0c
+def _ended(pieces: Sequence[Piece]) -> list[Node]:
+    "The nodes that end in a pass."
+    return [piece.node for piece in pieces if piece.finishes]
+
+
+def _attention_at(attentions, rows: list[int], nodes: list[Node]) -> list[np.ndarray]:
+    "Of the last token of each node, in these rows: weights (layers, path length)."
+    of_layers = [layer[0].float().mean(0)[rows] for layer in attentions]
+    weights = torch.stack(of_layers, 1).cpu().numpy()
+    return [one[:, slots_of_path(node)] for one, node in zip(weights, nodes)]
+
+
+def _rows_read(layout: PassLayout, device: torch.device) -> torch.Tensor:
+    "The rows whose logits are computed, filled up to one of few numbers of rows."
+    reads = layout.reads or [0]
+    filling = _filled_up(len(reads), device) - len(reads)
+    return torch.tensor(reads + reads[:1] * filling, device=device)
+
+
+def _attention_options(tree, layout, attention) -> tuple[str | None, dict]:
+    "The name of the attention code for a pass (None: the model's own), and its arguments."
+    whole = all(chunk.prefix == tree.prefix_length for chunk in layout.chunks)
+    if tree.shared_prefix and whole and not attention:
+        shared = SharedPrefixAttention(layout, tree.lm.model.dtype)
+        return "shared_prefix", {"attention_mask": None, "shared_prefix": shared}
+    masks = pass_masks(tree.lm, layout, tree.slots)
+    return "eager" if attention else None, {"attention_mask": masks}
+
+
+def _empty_cache(lm: LM, slots: Slots) -> Cache:
+    "A cache with a buffer for each layer."
+    layers = lm.model.config.get_text_config().num_hidden_layers
+    return Cache(layers=[SlotLayer(slots) for _ in range(layers)])
+
 # %% ../../nbs/engine/04_packed.ipynb #80fff8c4
 @torch.inference_mode()
 def _compute_pass(tree, pieces, watch, hidden, attention) -> Predictions | None:
@@ -147,32 +192,31 @@ def _compute_pass(tree, pieces, watch, hidden, attention) -> Predictions | None:
     if not layout.reads:
         return None
 
-    found = Predictions.from_logits(out.logits[0, : len(layout.reads)], watch)
+    logits = out.logits[0, : len(layout.reads)]
+    found = Predictions.from_logits(logits, watch)
+    broken = broken_row(logits, found.margin)
+    if broken is not None:
+        raise non_finite_output(tree.lm, _ended(pieces)[broken].path())
     if hidden:
         found.hidden = hidden_states_at(out.hidden_states, layout.reads)
     if attention:
-        of_layers = [layer[0].float().mean(0)[layout.reads] for layer in out.attentions]
-        weights = torch.stack(of_layers, 1).cpu().numpy()
-        ended = [piece.node for piece in pieces if piece.finishes]
-        found.attention = [one[:, slots_of_path(node)] for one, node in zip(weights, ended)]
+        found.attention = _attention_at(out.attentions, layout.reads, _ended(pieces))
     size = out.logits.nbytes
-    del out
+    del out, logits
     return_freed_memory(size)
     return found
 
-
+# %% ../../nbs/engine/04_packed.ipynb #ad1bfdbb
 def _call_model(tree, layout, hidden, attention):
     "The model's output for a pass."
     lm = tree.lm
     kind, options = _attention_options(tree, layout, attention)
     shared = options.get("shared_prefix")
-    reads = layout.reads or [0]
-    filling = _filled_up(len(reads), lm.device) - len(reads)
     with attention_code(lm.model, kind):
         out = lm.model(
             input_ids=torch.tensor([layout.ids], device=lm.device),
             position_ids=torch.tensor([layout.positions], device=lm.device),
-            logits_to_keep=torch.tensor(reads + reads[:1] * filling, device=lm.device),
+            logits_to_keep=_rows_read(layout, lm.device),
             use_cache=True,
             output_hidden_states=hidden,
             output_attentions=attention,
@@ -185,16 +229,6 @@ def _call_model(tree, layout, hidden, attention):
             "own. Use `prompt_tree`, which finds this out and takes masks"
         )
     return out
-
-
-def _attention_options(tree, layout, attention) -> tuple[str | None, dict]:
-    "The name of the attention code for a pass (None: the model's own), and its arguments."
-    whole = all(chunk.prefix == tree.prefix_length for chunk in layout.chunks)
-    if tree.shared_prefix and whole and not attention:
-        shared = SharedPrefixAttention(layout, tree.lm.model.dtype)
-        return "shared_prefix", {"attention_mask": None, "shared_prefix": shared}
-    masks = pass_masks(tree.lm, layout, tree.slots)
-    return "eager" if attention else None, {"attention_mask": masks}
 
 # %% ../../nbs/engine/04_packed.ipynb #39f5084b
 class PackedTree:
@@ -218,8 +252,7 @@ class PackedTree:
 
         # twice: answers may grow longer than expected
         self.slots = Slots(len(shared) + 2 * tokens_under_way(lm) + tokens_per_pass)
-        layers = lm.model.config.get_text_config().num_hidden_layers
-        self.cache = Cache(layers=[SlotLayer(self.slots) for _ in range(layers)])
+        self.cache = _empty_cache(lm, self.slots)
         self.root = Node(None, list(shared), slots=np.zeros(0, int))
         self.prefix_length = 0  # tokens of the shared prefix that have been computed
         self.kept = {}  # nodes after the prefix that have slots, in the order of their passes

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 # %% ../../nbs/engine/08_parts.ipynb #836a9133
 def _check_array(value):
@@ -29,13 +29,17 @@ def _check_array(value):
     )
 
 
+def _is_plain(value) -> bool:
+    "Whether JSON has this value as it is."
+    is_number_or_text = isinstance(value, (bool, int, float, str))
+    return value is None or is_number_or_text and not isinstance(value, np.generic)
+
+
 def _as_json(value, arrays: dict):
     "`value` for JSON; its arrays are put into `arrays`, under the name that stands for them."
     if isinstance(value, np.str_):
         return str(value)
-    if isinstance(value, (bool, int, float, str)) and not isinstance(value, np.generic):
-        return value
-    if value is None:
+    if _is_plain(value):
         return value
 
     kind = type(value)
@@ -82,9 +86,30 @@ def part_bytes(answers: list) -> bytes:
     structure = json.dumps(_as_json(answers, arrays))
     return safetensors.numpy.save(arrays, {"answers": structure})
 
+# %% ../../nbs/engine/08_parts.ipynb #f3f43f94
+_NO_PART = (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
-def read_part(path: str | Path) -> list:
-    "What a part holds, bit for bit; large arrays stay on disk until they are used."
+
+def _open_part(path) -> list:
     with safe_open(path, "pt") as file:
         arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}
-        return _from_json(json.loads(file.metadata()["answers"]), arrays)
+        answers = _from_json(json.loads(file.metadata()["answers"]), arrays)
+    if not isinstance(answers, list):
+        raise ValueError("it holds no list")
+    return answers
+
+
+def read_part(path: str | Path) -> list:
+    """What a part holds, bit for bit; large arrays stay on disk until they are used.
+
+    Raises `ValueError`, which names the file, for one that is no part.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        return _open_part(path)
+    except _NO_PART as error:
+        raise ValueError(
+            f"{path} is damaged, or no part of a run ({error}): delete it, and run again with the "
+            "same arguments"
+        ) from None

@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from .finite import broken_row, non_finite_output
 from ..models.lm import LM
 
 # %% ../../nbs/engine/01_tree.ipynb #f0390af9
@@ -179,6 +180,12 @@ def attention_code(model: torch.nn.Module, kind: str | None) -> Iterator[None]:
             model.set_attn_implementation(before)
 
 # %% ../../nbs/engine/01_tree.ipynb #a14a6448
+def _last_attention(attentions: Sequence[torch.Tensor]) -> np.ndarray:
+    "Where the last token of one text looks: (layers, tokens), mean over heads."
+    of_last = [layer[0, :, -1].float().mean(0) for layer in attentions]
+    return torch.stack(of_last).cpu().numpy()
+
+
 class PlainTree:
     "A prompt tree that computes every path from its beginning."
 
@@ -208,11 +215,12 @@ class PlainTree:
             out = self.lm.model(ids, use_cache=False, logits_to_keep=1, **options)
 
         found = Predictions.from_logits(out.logits[0], watch)
+        if broken_row(out.logits[0], found.margin) is not None:
+            raise non_finite_output(self.lm, node.path())
         if hidden:
             found.hidden = hidden_states_at(out.hidden_states, [-1])
         if attention:
-            of_last = [layer[0, :, -1].float().mean(0) for layer in out.attentions]
-            found.attention = [torch.stack(of_last).cpu().numpy()]
+            found.attention = [_last_attention(out.attentions)]
         return found
 
     def rewind(self):

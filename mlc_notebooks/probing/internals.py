@@ -55,6 +55,16 @@ def _shares(weights: np.ndarray, prompt_tokens: int, first_tokens: Sequence[int]
 _STEPS_AT_ONCE = 64  # whose states are read together
 
 
+def _wanted_steps(answers: Sequence[Decoded], every: bool) -> list[tuple[int, Step]]:
+    "(answer, step) of every step, or of the first of each answer."
+    return [
+        (row, step)
+        for row, decoded in enumerate(answers)
+        for step in decoded.steps
+        if every or step.position == 0
+    ]
+
+
 def read_states(
     tree,  # a prompt tree that still holds the answers
     answers: Sequence[Decoded],
@@ -68,12 +78,7 @@ def read_states(
     generated, on the first tokens of earlier labels.
     """
     states = [[{} for _ in decoded.steps] for decoded in answers]
-    wanted = [
-        (row, step)
-        for row, decoded in enumerate(answers)
-        for step in decoded.steps
-        if attention or hidden != "first" or step.position == 0
-    ]
+    wanted = _wanted_steps(answers, attention or hidden != "first")
     for chunk in in_chunks(wanted, [1] * len(wanted), _STEPS_AT_ONCE):
         nodes, own = _state_nodes(step for _, step in chunk)
         found = tree.compute(nodes, (0,), hidden=bool(hidden), attention=attention)
@@ -93,6 +98,12 @@ def read_states(
 _PARTS = ("prompt", "generated", "first label tokens")
 
 
+def _tokens_of_parts(steps: pd.DataFrame) -> np.ndarray:
+    "How many tokens each part has at each step, (steps, 3)."
+    earlier = steps["step"] - 1
+    return np.stack([steps["prompt_tokens"], steps["generated_tokens"], earlier], axis=1)
+
+
 def attention_shares(trace: Trace, by_layer: bool = False) -> pd.DataFrame:
     """Where the token that predicts label 2, 3, ... looks: example, step, part, total, per_token.
 
@@ -110,8 +121,6 @@ def attention_shares(trace: Trace, by_layer: bool = False) -> pd.DataFrame:
     if not by_layer:
         totals = totals.mean(axis=1, keepdims=True)
     layers = totals.shape[1]
-    earlier = steps["step"] - 1
-    tokens = np.stack([steps["prompt_tokens"], steps["generated_tokens"], earlier], axis=1)
 
     rows = steps.index.repeat(layers * len(_PARTS))
     shares = steps.loc[rows, ["example", "step"]].reset_index(drop=True)
@@ -120,5 +129,5 @@ def attention_shares(trace: Trace, by_layer: bool = False) -> pd.DataFrame:
         shares["layer"] = np.tile(numbers, len(steps))
     shares["part"] = np.tile(_PARTS, len(steps) * layers)
     shares["total"] = totals.ravel()
-    shares["per_token"] = (totals / tokens[:, None]).ravel()
+    shares["per_token"] = (totals / _tokens_of_parts(steps)[:, None]).ravel()
     return shares

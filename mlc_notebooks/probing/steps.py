@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.answers import AnswerFormat
+from ..data.checks import check_choice, check_whole
 from ..data.labels import LabelSet
 from ..data.prompts import Template
 from ..data.texts import AnnotatedTexts
@@ -26,7 +27,7 @@ from ..engine.backend import prompt_tree
 from ..engine.drafts import NgramDrafter
 from ..engine.memory import batch_size_for, tokens_under_way
 from ..engine.packed import PackedTree
-from ..engine.runs import in_batches, provenance
+from ..engine.runs import check_folder, in_batches, provenance
 from ..engine.scheduler import continuous_batching
 from ..engine.tree import Node
 from ..models.lm import LM
@@ -34,14 +35,14 @@ from mlc_notebooks.probing.asking import (
     ListQuestions,
     as_task,
     ask_for_lists,
-    check_choice,
     check_collisions,
     list_settings,
 )
 from .decoding import Decoded, free_decoder, guided_decoder
 from .internals import read_states
-from .reading import StepReader, read_steps
-from .trace import STEP_COLUMNS, Trace
+from .reading import READINGS, StepReader, read_steps
+from .saved import STEP_COLUMNS
+from .trace import Trace
 
 # %% ../../nbs/probing/05_steps.ipynb #3f7869be
 def _step_rows(decoded: Decoded, readings: list[dict]) -> list[dict]:
@@ -68,6 +69,10 @@ class _Probe:
     decoding: str
     hidden: bool | str
     attention: bool
+
+    @property
+    def with_internals(self) -> bool:
+        return bool(self.hidden or self.attention)
 
     def answer(self, start: Node, drafts: NgramDrafter) -> Generator:
         "A generator that decodes the answer after `start`, then reads its steps."
@@ -96,9 +101,8 @@ class _Probe:
     def batch(self, positions: Sequence[int]) -> Iterator[tuple]:
         "Of each text at these positions the output, its outcomes, flags and the rows of its steps."
         self.tree.rewind()
-        with_states = bool(self.hidden or self.attention)
-        answers = self.decode(positions, keep=with_states)
-        if with_states:
+        answers = self.decode(positions, keep=self.with_internals)
+        if self.with_internals:
             answers = self.with_states(list(answers))
         for decoded, readings in answers:
             rows = _step_rows(decoded, readings)
@@ -149,7 +153,7 @@ def _batch_size(
     lm: LM, asked: ListQuestions, batch_size: int | None, with_states: bool, folder
 ) -> int:
     "How many texts a batch has."
-    if batch_size:
+    if batch_size is not None:
         return batch_size
     if with_states:  # they are read when a batch is done; until then all of it is kept
         longest = max(len(tail) for tail in asked.rows.tails)
@@ -163,6 +167,16 @@ def _stack(rows: list[dict], name: str) -> np.ndarray | None:
     return np.stack(kept) if kept else None
 
 
+def _step_table(ids: Sequence[str], answers: Sequence[list[dict]]) -> pd.DataFrame:
+    "One row per step, from the rows of each answer."
+    numbered = [
+        (item, number, *(row[name] for name in STEP_COLUMNS))
+        for item, answer in zip(ids, answers)
+        for number, row in enumerate(answer, 1)
+    ]
+    return pd.DataFrame(numbered, columns=["example", "step", *STEP_COLUMNS])
+
+
 def _assemble(
     task: AnnotatedTexts, found: list[tuple], prompt_flags: list[set], settings: dict
 ) -> Trace:
@@ -173,18 +187,11 @@ def _assemble(
         {"text": task.texts, "output": outputs, "outcomes": outcomes, "flags": flags},
         pd.Index(task.ids, name="id"),
     )
-
     rows = [row for answer in answers for row in answer]
-    numbered = [
-        (item, number, *(row[name] for name in STEP_COLUMNS))
-        for item, answer in zip(task.ids, answers)
-        for number, row in enumerate(answer, 1)
-    ]
-    steps = pd.DataFrame(numbered, columns=["example", "step", *STEP_COLUMNS])
     return Trace(
         task.labels,
         items,
-        steps,
+        _step_table(task.ids, answers),
         _stack(rows, "values"),
         settings,
         _stack(rows, "hidden"),
@@ -196,8 +203,9 @@ def _hash_of_prompts(prompts: Iterable) -> str:
     "A short hash of all prompts of a run, as text."
     found = hashlib.sha256()
     for i, prompt in enumerate(prompts):
-        text = prompt.plain()
-        found.update((text if i == 0 else f"\0{text}").encode())
+        if i > 0:
+            found.update(b"\0")
+        found.update(prompt.plain().encode())
     return found.hexdigest()[:16]
 
 
@@ -216,6 +224,13 @@ def _what_was_asked(lm: LM, task: AnnotatedTexts, asked: ListQuestions) -> dict:
     }
 
 # %% ../../nbs/probing/05_steps.ipynb #1eadc216
+def _new_probe(lm: LM, asked: ListQuestions, how: dict, no_cache: bool) -> _Probe:
+    "The probe of a run, with its tree."
+    tree = prompt_tree(lm, asked.rows.shared, no_cache)
+    reader = StepReader(asked.answer_tokens, how["reading"])
+    return _Probe(tree, asked, reader, how["decoding"], how["hidden"], how["attention"])
+
+
 def _run(
     lm: LM,
     task: AnnotatedTexts,
@@ -229,12 +244,8 @@ def _run(
 ) -> Trace:
     "The trace of a run whose arguments are checked."
     started = time.time()
-    tree = prompt_tree(lm, asked.rows.shared, no_cache)
-    reader = StepReader(asked.answer_tokens, how["reading"])
-    probe = _Probe(tree, asked, reader, how["decoding"], how["hidden"], how["attention"])
-
-    with_states = bool(how["hidden"] or how["attention"])
-    size = _batch_size(lm, asked, batch_size, with_states, folder)
+    probe = _new_probe(lm, asked, how, no_cache)
+    size = _batch_size(lm, asked, batch_size, probe.with_internals, folder)
     order = _plan(asked, task.texts, size)
     kept = None
     if folder:
@@ -244,10 +255,20 @@ def _run(
     made = {
         **settings,
         "batch_size": size,
-        "packed": isinstance(tree, PackedTree),
+        "packed": isinstance(probe.tree, PackedTree),
         "seconds": round(time.time() - started, 2),
     }
     return _assemble(task, found, asked.flags, made)
+
+# %% ../../nbs/probing/05_steps.ipynb #962d459c
+def _check_how(decoding, reading, collisions, hidden, attention, no_cache):
+    "Raises `ValueError`, which lists the choices, for an option that has no such value."
+    check_choice("decoding", decoding, ("free", "guided"))
+    check_choice("reading", reading, READINGS)
+    check_choice("collisions", collisions, ("error", "warn"))
+    check_choice("hidden", hidden, (False, True, "first"))
+    check_choice("attention", attention, (False, True))
+    check_choice("no_cache", no_cache, (False, True))
 
 # %% ../../nbs/probing/05_steps.ipynb #d4adfc2e
 def probe_steps(
@@ -276,14 +297,17 @@ def probe_steps(
     """The label distribution at every step of the model's answers.
 
     Raises `ValueError`, before the model is run, for an empty task, an empty text, a text that does
-    not fit the context, labels that the format or the reading cannot tell apart, or demonstrations
-    that cannot be drawn. For a `folder` with a run that has other settings it raises
-    `SettingsChanged`; `engine.runs` has all that can happen to a folder.
+    not fit the context, labels that the format or the reading cannot tell apart, demonstrations
+    that cannot be drawn, or an argument out of range. Raises `NonFiniteOutput` where the model
+    computes NaN, and `SettingsChanged` for a `folder` that holds a run with other settings;
+    `engine.runs` has all that can happen to a folder.
     """
     task = as_task(texts, labels)
-    check_choice("decoding", decoding, ("free", "guided"))
-    check_choice("reading", reading, ("exact", "first_token"))
-    check_choice("hidden", hidden, (False, True, "first"))
+    _check_how(decoding, reading, collisions, hidden, attention, no_cache)
+    check_folder(folder)
+    seed = check_whole("seed", seed, least=0)
+    if batch_size is not None:
+        batch_size = check_whole("batch_size", batch_size, least=1)
     asking = dict(seed=seed, fmt=fmt, demonstrations=demonstrations, multi_share=multi_share)
     asking |= dict(template=template, chat=chat, long_text=long_text)
     asked = ask_for_lists(lm, task, shots, **asking)
