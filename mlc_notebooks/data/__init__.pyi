@@ -1,6 +1,8 @@
 from . import labels as labels
 from . import checks as checks
 from . import files as files
+from . import reasoning as reasoning
+from . import json_lists as json_lists
 from . import answers as answers
 from . import sampling as sampling
 from . import texts as texts
@@ -21,6 +23,13 @@ from .checks import check_whole as check_whole
 from .files import claimed as claimed
 from .files import safe_name as safe_name
 from .files import write_whole as write_whole
+from .reasoning import Spoken as Spoken
+from .reasoning import is_reasoning_token as is_reasoning_token
+from .reasoning import opens_reasoning as opens_reasoning
+from .reasoning import spoken as spoken
+from .json_lists import WrittenList as WrittenList
+from .json_lists import has_ended as has_ended
+from .json_lists import json_lists as json_lists
 from .answers import AnswerFormat as AnswerFormat
 from .answers import Entry as Entry
 from .answers import FLAGS as FLAGS
