@@ -15,7 +15,6 @@ import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from mlc_notebooks.alignment import OutputTree, inclusion_bounds
 from mlc_notebooks.data import (
@@ -658,40 +657,6 @@ def test_free_decoding_agrees_with_its_twin(tiny_lms, architecture, task, way, b
     assert (
         trace.steps.groupby("example")["step"].min()[list(task.ids)] == 1
     ).all() and np.isfinite(trace.logprobs).all()
-
-
-@pytest.fixture(scope="module")
-def scripted(tokenizer):
-    """A GPT-2 that writes what it is told.
-
-    The embedding of a position points to the token that comes after it. `scripted(start, ids)`
-    makes it write `ids` after a prompt of `start` tokens; the tokens it reads move its
-    probabilities.
-    """
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "gpt2",
-        vocab_size=49152,
-        n_embd=64,
-        n_layer=2,
-        n_head=4,
-        n_positions=1024,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    model.lm_head.weight.copy_(torch.nn.functional.normalize(model.lm_head.weight))
-    lm = LM("scripted", model, tokenizer)
-    assert packs(lm)
-
-    def write(start, ids):
-        model.transformer.wpe.weight[start - 1 : start - 1 + len(ids)] = (
-            8 * model.lm_head.weight[list(ids)]
-        )
-        return lm
-
-    return write
 
 
 @st.composite

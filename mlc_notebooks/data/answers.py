@@ -11,7 +11,7 @@ __all__ = ['FORMATS', 'FLAGS', 'IRREGULAR_FLAGS', 'AnswerFormat', 'answer_format
 # %% ../../nbs/data/01_answers.ipynb #19049365
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from .json_lists import WrittenList, has_ended, json_lists
@@ -289,6 +289,18 @@ def _spellings_of(labels: LabelSet) -> dict[str, str]:
     return spelled
 
 
+_NO_FLAG = frozenset()
+_INVENTED = frozenset({"invented"})
+_REPEATED = frozenset({"repeated"})
+
+
+def _step_flags(outcome: str | None, seen: Collection[str | None]) -> frozenset[str]:
+    "The flags of an entry that names this outcome, after those seen before."
+    if outcome is None:
+        return _INVENTED
+    return _REPEATED if outcome in seen else _NO_FLAG
+
+
 def _recognise(found: list[tuple[str, int, int]], labels: LabelSet) -> list[Entry]:
     "What was found, with the outcome that each entry names."
     spelled = _spellings_of(labels)
@@ -296,13 +308,9 @@ def _recognise(found: list[tuple[str, int, int]], labels: LabelSet) -> list[Entr
     seen = set()
     for written, start, end in found:
         outcome = spelled.get(nfc(written))
-        flags = set()
-        if outcome is None:
-            flags.add("invented")
-        elif outcome in seen:
-            flags.add("repeated")
+        flags = _step_flags(outcome, seen)
         seen.add(outcome)
-        entries.append(Entry(written, outcome, start, end, frozenset(flags)))
+        entries.append(Entry(written, outcome, start, end, flags))
     return entries
 
 

@@ -41,6 +41,8 @@ def _unescape(string: str) -> str:
 
     Half of a surrogate pair is no text and cannot be saved: it becomes U+FFFD.
     """
+    if string.isascii() and "\\" not in string:
+        return string
     text = json.loads(f'"{string}"', strict=False)
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
