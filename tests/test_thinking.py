@@ -350,7 +350,9 @@ def test_an_answer_goes_on_where_the_prompt_ends(small_lm, fmt, labels):
         assert lm.decode(ids + [tokens.bare]) == prompt.plain() + '"'
 
 
-@pytest.mark.parametrize("fmt, decoding", [("json", "guided"), ("json", "free"), ("comma", "guided")])
+@pytest.mark.parametrize(
+    "fmt, decoding", [("json", "guided"), ("json", "free"), ("comma", "guided")]
+)
 def test_the_reading_is_that_of_the_joint_text(small_lm, fmt, decoding, next_logprobs):
     lm = small_lm
     options = dict(labels=LABELS, shots=0, fmt=fmt, decoding=decoding, progress=False)

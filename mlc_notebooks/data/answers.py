@@ -14,6 +14,7 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from .inputs import check_listed
 from .json_lists import WrittenList, has_ended, json_lists
 from .labels import LabelSet, nfc, surface_forms
 from .reasoning import Spoken, spoken
@@ -69,7 +70,7 @@ class AnswerFormat:
 
         Raises `ValueError` for an unknown label.
         """
-        chosen = list(chosen) or [labels.none]
+        chosen = list(check_listed("the labels", chosen)) or [labels.none]
         if chosen == [None]:
             raise ValueError("a single-label task has no way to write that no label applies")
         for name in chosen:
@@ -130,7 +131,7 @@ def answer_format(name: str | AnswerFormat) -> AnswerFormat:
     "The format of that name, or the format itself; raises `ValueError` for an unknown name."
     if isinstance(name, AnswerFormat):
         return name
-    if name not in FORMATS:
+    if not isinstance(name, str) or name not in FORMATS:
         raise ValueError(f"unknown answer format {name!r}: choose one of {sorted(FORMATS)}")
     return FORMATS[name]
 

@@ -28,6 +28,8 @@ def task_folder(name: str, variant: str = "") -> Path:
 # %% ../../nbs/data/08_datasets.ipynb #2789ca8a
 def _parse_name(name: str) -> tuple[str, str, dict]:
     "The name in `SOURCES`, the variant, and the options of the loader that the variant stands for."
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a task must be a string, got {name!r:.80}")
     if name in SOURCES:
         return name, "", {}
     base, _, variant = name.partition("-")
@@ -65,7 +67,7 @@ def load_task(
     Raises `ValueError` for an unknown name or a folder given to a generated task, and
     `FileNotFoundError` naming the missing file and where to get it.
     """
-    if name in GENERATORS:
+    if isinstance(name, str) and name in GENERATORS:
         if folder:
             raise ValueError(
                 f"{name} is generated and reads no files: leave out folder={str(folder)!r}"

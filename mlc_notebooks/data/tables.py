@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .damaged import naming_damage
 from .labels import LabelSet
 from .texts import AnnotatedTexts
 
@@ -49,14 +50,8 @@ def stack_votes(votes: Iterable[np.ndarray]) -> np.ndarray:
 _ENDINGS = (".csv", ".jsonl", ".parquet", ".tsv")
 
 
-def _read_table(path: Path) -> pd.DataFrame:
-    ending = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if ending not in _ENDINGS:
-        raise ValueError(
-            f"{path}: cannot read {ending or 'a file without ending'}, use one of {list(_ENDINGS)}"
-        )
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+def _read_rows(path: Path, ending: str) -> pd.DataFrame:
+    "The rows of a file, read as its ending says."
     if ending == ".csv":
         return pd.read_csv(path)
     if ending == ".tsv":
@@ -64,6 +59,19 @@ def _read_table(path: Path) -> pd.DataFrame:
     if ending == ".jsonl":
         return pd.read_json(path, lines=True, dtype=False)
     return pd.read_parquet(path)
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    "The rows of a file; raises `ValueError` that names it where it is damaged."
+    ending = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    if ending not in _ENDINGS:
+        raise ValueError(
+            f"{path}: cannot read {ending or 'a file without ending'}, use one of {list(_ENDINGS)}"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    with naming_damage(path):
+        return _read_rows(path, ending)
 
 # %% ../../nbs/data/03_tables.ipynb #0ed826ab
 def _with_texts(rows: pd.DataFrame, text: str, where: str) -> pd.DataFrame:
@@ -152,7 +160,8 @@ def _read_labels(
     if labels is None or isinstance(labels, LabelSet):
         return labels
     if isinstance(labels, (str, Path)):
-        lines = Path(labels).read_text(encoding="utf-8").splitlines()
+        with naming_damage(labels) as path:
+            lines = path.read_text(encoding="utf-8").splitlines()
         labels = [line.strip() for line in lines if line.strip()]
     return LabelSet(labels, none)
 

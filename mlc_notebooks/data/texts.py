@@ -16,12 +16,26 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 
+from .checks import check_choice, check_number, check_whole
+from .inputs import check_listed
 from .labels import LabelSet
 from .sampling import agreement_of, draw_from_cells, label_cells
 
 # %% ../../nbs/data/02_texts.ipynb #301e7825
+def _check_one_chosen(where: str, votes: np.ndarray):
+    "Raise `ValueError` where an annotator chose other than one label."
+    chosen = votes.sum(1)
+    if (chosen != 1).any():
+        raise ValueError(
+            f"{where}: an annotator chose {int(chosen[chosen != 1][0])} labels, "
+            "but the task has no `none`: exactly one must be chosen"
+        )
+
+
 def _check_votes(where: str, votes: np.ndarray, labels: LabelSet):
     "Raise `ValueError` for annotations that do not fit the labels; `where` names the item."
+    if not isinstance(votes, np.ndarray):
+        raise TypeError(f"{where} has annotations {votes!r:.80}: give an array (annotators, L)")
     if votes.ndim != 2 or votes.shape[1] != len(labels):
         raise ValueError(
             f"{where} has annotations of shape {votes.shape}, "
@@ -30,27 +44,45 @@ def _check_votes(where: str, votes: np.ndarray, labels: LabelSet):
     if not ((votes == 0) | (votes == 1)).all():  # np.isin takes several times as long
         raise ValueError(f"{where} has annotations other than 0 and 1: {np.unique(votes)}")
     if not labels.is_multi:
-        chosen = votes.sum(1)
-        if (chosen != 1).any():
-            raise ValueError(
-                f"{where}: an annotator chose {int(chosen[chosen != 1][0])} labels, "
-                "but the task has no `none`: exactly one must be chosen"
-            )
+        _check_one_chosen(where, votes)
 
 # %% ../../nbs/data/02_texts.ipynb #818443e2
+def _check_ids(name: str, ids: tuple):
+    "Raise `ValueError` naming an id that is no string, empty, or there twice."
+    seen = set()
+    for position, item in enumerate(ids):
+        if not isinstance(item, str) or not item.strip():
+            raise ValueError(
+                f"{name}: the id at position {position} is {item!r:.100}: give a string, not empty"
+            )
+        if item in seen:
+            raise ValueError(f"{name}: the id {item!r:.100} occurs more than once")
+        seen.add(item)
+
+
+def _check_label_set(name: str, labels: LabelSet):
+    "Raise `TypeError` for labels that are no `LabelSet`."
+    if not isinstance(labels, LabelSet):
+        raise TypeError(f"{name}: labels is {labels!r:.100}: give a LabelSet")
+
+
+def _check_text(name: str, item: str, text: str):
+    "Raise `ValueError` where a text is no string."
+    if not isinstance(text, str):
+        raise ValueError(f"{name}: the text of item {item!r} is {text!r:.100}, not a string")
+
+
 def _check_items(name, ids, texts, labels, annotations):
     "Raise `ValueError` naming the item at fault."
+    _check_label_set(name, labels)
     if not len(ids) == len(texts) == len(annotations):
         raise ValueError(
             f"{name}: {len(ids)} ids, {len(texts)} texts and "
             f"{len(annotations)} annotations: give one of each per item"
         )
-    if len(set(ids)) < len(ids):
-        doubled = pd.Series(ids)[pd.Series(ids).duplicated()].iloc[0]
-        raise ValueError(f"{name}: the id {doubled!r} occurs more than once")
+    _check_ids(name, ids)
     for item, text, votes in zip(ids, texts, annotations):
-        if not isinstance(text, str):
-            raise ValueError(f"{name}: the text of item {item!r} is {text!r}, not a string")
+        _check_text(name, item, text)
         _check_votes(f"{name}: item {item!r}", votes, labels)
 
 # %% ../../nbs/data/02_texts.ipynb #00c95767
@@ -70,7 +102,7 @@ class _Items:
 
     def __post_init__(self):
         for attribute in ("ids", "texts", "annotations"):
-            object.__setattr__(self, attribute, tuple(getattr(self, attribute)))
+            object.__setattr__(self, attribute, check_listed(attribute, getattr(self, attribute)))
         _check_items(self.name, self.ids, self.texts, self.labels, self.annotations)
 
     def __len__(self) -> int:
@@ -78,7 +110,8 @@ class _Items:
 
     def select(self, positions: Iterable[int]) -> "AnnotatedTexts":
         "The items at these positions, in the order given."
-        positions = list(positions)
+        last = len(self) - 1
+        positions = [check_whole("position", i, least=0, most=last) for i in positions]
         return replace(
             self,
             ids=[self.ids[i] for i in positions],
@@ -89,7 +122,8 @@ class _Items:
     def at(self, ids: Iterable[str]) -> "AnnotatedTexts":
         "The items with these ids, in the order given; raises `ValueError` naming an unknown id."
         position = {item: i for i, item in enumerate(self.ids)}
-        return self.select([_find(item, position, self.name) for item in ids])
+        wanted = check_listed("ids", ids)
+        return self.select([_find(item, position, self.name) for item in wanted])
 
     @property
     def pool(self) -> "AnnotatedTexts | None":
@@ -175,14 +209,15 @@ def _page(task: "AnnotatedTexts") -> str:
 # %% ../../nbs/data/02_texts.ipynb #2271c36c
 def _draw(task: "AnnotatedTexts", n: int, seed: int, kind: str) -> tuple[np.ndarray, dict]:
     "The positions of n items, and how many come from each cell."
-    if kind not in ("random", "main", "multi"):
-        raise ValueError(f"unknown kind of sample {kind!r}: choose 'random', 'main' or 'multi'")
+    check_choice("kind", kind, ("random", "main", "multi"))
+    check_whole("n", n, least=1)
+    check_whole("seed", seed, least=0)
     cells = pd.Series("all", range(len(task)))
     if kind != "random":
         cells = label_cells(task.majority(), task.agreement()["unanimous"])
     if kind == "multi":
         cells = pd.Series("multi", cells.index[cells.str.startswith("multi")])
-    if not 0 < n <= len(cells):
+    if n > len(cells):
         raise ValueError(f"{task.name} has {len(cells)} items to draw from, cannot draw {n}")
     return draw_from_cells(cells, n, seed)
 
@@ -206,6 +241,7 @@ class AnnotatedTexts(_Items):
 
         Raises `ValueError` naming the first item without annotations.
         """
+        check_number("threshold", threshold, above=0, most=1)
         q = self.distribution()
         unasked = q.index[q.isna().any(axis=1)]
         if len(unasked):
@@ -248,9 +284,10 @@ def unannotated(
     splits: dict[str, AnnotatedTexts] | None = None,
 ) -> AnnotatedTexts:
     "Texts that nobody has annotated: each has annotations without rows."
-    texts = list(texts)
+    texts = check_listed("texts", texts)
     if ids is None:
         ids = [str(position) for position in range(len(texts))]
+    _check_label_set(name, labels)
     nobody = np.zeros((0, len(labels)), np.uint8)
     return AnnotatedTexts(
         name,
@@ -285,6 +322,7 @@ def rename_labels(task: AnnotatedTexts, names: Sequence[str]) -> AnnotatedTexts:
 
     Raises `ValueError` for more names or fewer.
     """
+    names = check_listed("labels", names)
     if len(names) != len(task.labels):
         raise ValueError(
             f"{len(names)} names for the {len(task.labels)} labels {list(task.labels)}: "
@@ -300,7 +338,7 @@ def text_key(text: str) -> str:
 
 def without_texts(task: AnnotatedTexts, texts: Iterable[str]) -> AnnotatedTexts:
     "The items whose text (by its words, not by its id) is not among `texts`."
-    held_out = {text_key(text) for text in texts}
+    held_out = {text_key(text) for text in check_listed("texts", texts)}
     return task.select([i for i, text in enumerate(task.texts) if text_key(text) not in held_out])
 
 # %% ../../nbs/data/02_texts.ipynb #4ce19746

@@ -137,8 +137,9 @@ def _check_ends(
     "Raise `ValueError` where a label continues another one with a token that ends a label."
     ends = set(terminators.tolist())
     outcome_of = {form.ids: form.outcome for form in forms}
+    lengths = sorted({len(form.ids) for form in forms})
     for longer in forms:
-        for cut in range(1, len(longer.ids)):
+        for cut in [length for length in lengths if length < len(longer.ids)]:
             shorter = outcome_of.get(longer.ids[:cut])
             if shorter is not None and longer.ids[cut] in ends:
                 raise ValueError(
