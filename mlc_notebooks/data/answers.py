@@ -201,8 +201,7 @@ def _read_json(text: str, said: Spoken) -> WrittenList:
     lists = json_lists(text, said.parts)
     if not lists:
         return _no_list(said)
-    whole = [found for found in lists if found.is_whole]
-    counts = (whole or lists)[-1]
+    counts = ([found for found in lists if found.is_whole] or lists)[-1]
     if len(lists) > 1:
         counts.flags = counts.flags | {"several_lists"}
     return counts
@@ -315,20 +314,29 @@ def _recognise(found: list[tuple[str, int, int]], labels: LabelSet) -> list[Entr
     return entries
 
 
+def _names_none(entries: list[Entry], labels: LabelSet) -> bool:
+    "Whether an entry says that no label applies."
+    return labels.is_multi and any(entry.outcome == labels.none for entry in entries)
+
+
 def _entry_flags(entries: list[Entry], labels: LabelSet) -> set[str]:
     "The flags of the entries, and whether `none` stands beside a label."
     flags = set().union(*(entry.flags for entry in entries))
-    names_none = any(entry.outcome == labels.none for entry in entries)
-    if labels.is_multi and names_none and len(entries) > 1:
+    if len(entries) > 1 and _names_none(entries, labels):
         flags.add("none_mixed")
     return flags
+
+
+def _says_before(text: str, said: Spoken, at: int) -> bool:
+    "Whether something is said before a position."
+    before = [text[start : min(end, at)] for start, end in said.parts if start < at]
+    return any(part.strip() for part in before)
 
 
 def _preface_flags(text: str, said: Spoken, at: int) -> set[str]:
     "The flags of what stands beside the list that begins at `at`: reasoning, and words before it."
     flags = {"reasoning"} if said.reasoned else set()
-    before = [text[start : min(end, at)] for start, end in said.parts if start < at]
-    if any(part.strip() for part in before):
+    if _says_before(text, said, at):
         flags.add("preamble")
     return flags
 

@@ -118,13 +118,16 @@ def _draw_box(rng: np.random.Generator, boxes: list[tuple[str, ...]]) -> int:
     return int(rng.choice(np.flatnonzero(sizes == possible[0])))
 
 
+def _listed(words: list[str]) -> str:
+    "`a, b and c`."
+    *front, last = words
+    return f"{', '.join(front)} and {last}" if front else last
+
+
 def _tell_box(number: int, box: tuple[str, ...]) -> str:
     "`box 1 holds the drum, the jar and the yarn`, or `box 1 holds nothing`."
-    if not box:
-        return f"box {number + 1} holds nothing"
-    *front, last = [f"the {thing}" for thing in box]
-    listed = f"{', '.join(front)} and {last}" if front else last
-    return f"box {number + 1} holds {listed}"
+    things = _listed([f"the {thing}" for thing in box]) if box else "nothing"
+    return f"box {number + 1} holds {things}"
 
 # %% ../../nbs/data/07_boxes.ipynb #7b97d683
 def _box_story(
@@ -143,6 +146,14 @@ def _box_story(
     return " ".join(sentences), contents[asked]
 
 
+def _too_few(boxes: int, objects: int, moves: int, found: int) -> str:
+    "The message that these sizes give too few different texts."
+    return (
+        f"boxes={boxes}, objects={objects} and moves={moves} hardly give more than "
+        f"{found} different texts: raise one of them, or lower n, train or dev"
+    )
+
+
 def _new_story(
     rng: np.random.Generator, seen: set[str], boxes: int, objects: list[str], moves: int
 ) -> tuple[str, tuple[str, ...]]:
@@ -152,10 +163,7 @@ def _new_story(
         if text_key(text) not in seen:
             seen.add(text_key(text))
             return text, held
-    raise ValueError(
-        f"boxes={boxes}, objects={len(objects)} and moves={moves} hardly give more than "
-        f"{len(seen)} different texts: raise one of them, or lower n, train or dev"
-    )
+    raise ValueError(_too_few(boxes, len(objects), moves, len(seen)))
 
 # %% ../../nbs/data/07_boxes.ipynb #bbcc84ac
 _MOST_TEXTS = 1_000_000  # of a split

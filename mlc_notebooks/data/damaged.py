@@ -46,6 +46,14 @@ def _names(error: Exception, folder: str | Path) -> bool:
     return bool(getattr(error, "filename", None)) or str(folder) in str(error)
 
 
+def _unreadable(folder: str | Path, error: Exception) -> ValueError:
+    "The error that names the folder."
+    return ValueError(
+        f"the data set in {folder} cannot be read ({_first_line(error)}): its files are damaged "
+        "or not as their authors publish them, or an option is wrong"
+    )
+
+
 def naming_folder(load: Callable) -> Callable:
     """The same loader `load(folder, **options)`, whose errors name its folder.
 
@@ -61,9 +69,6 @@ def naming_folder(load: Callable) -> Callable:
         except Exception as error:
             if _names(error, folder):
                 raise
-            raise ValueError(
-                f"the data set in {folder} cannot be read ({_first_line(error)}): its files are "
-                "damaged or not as their authors publish them, or an option is wrong"
-            ) from error
+            raise _unreadable(folder, error) from error
 
     return named

@@ -19,21 +19,30 @@ from .prompts import UNREADABLE
 from .texts import AnnotatedTexts, text_key
 
 # %% ../../nbs/data/10_demonstrations.ipynb #939917da
+def _is_readable(text: str) -> bool:
+    "Whether a text has words and no unreadable character."
+    return bool(text.strip()) and not UNREADABLE.search(text)
+
+
 def _showable(pool: AnnotatedTexts, exclude: Sequence[str]) -> AnnotatedTexts:
     "The texts of the pool that may be shown: readable, and no duplicate of a text in `exclude`."
     hidden = {text_key(text) for text in check_listed("exclude", exclude)}
     keep = []
     for i, text in enumerate(pool.texts):
-        readable = text.strip() and not UNREADABLE.search(text)
-        if readable and text_key(text) not in hidden:
+        if _is_readable(text) and text_key(text) not in hidden:
             keep.append(i)
     return pool.select(keep)
 
 
+def _check_task(what: str, task: AnnotatedTexts) -> None:
+    "Raise `TypeError` for something else than a task."
+    if not isinstance(task, AnnotatedTexts):
+        raise TypeError(f"{what} is {task!r:.80}: give AnnotatedTexts, as load_task returns them")
+
+
 def _check_draw(pool: AnnotatedTexts, shots: int, seed: int, multi_share: float | None) -> None:
     "Raise `ValueError` or `TypeError` for a draw that no pool could give."
-    if not isinstance(pool, AnnotatedTexts):
-        raise TypeError(f"the pool is {pool!r:.80}: give AnnotatedTexts, such as task.pool")
+    _check_task("the pool", pool)
     check_whole("shots", shots, least=0)
     check_whole("seed", seed, least=0)
     if multi_share is not None:
@@ -99,8 +108,7 @@ def draw_demonstrations(
 # %% ../../nbs/data/10_demonstrations.ipynb #a249a174
 def _check_shots(task: AnnotatedTexts, shots: int) -> None:
     "Raise `ValueError` for what is no number of shots, or shots without a train split."
-    if not isinstance(task, AnnotatedTexts):
-        raise TypeError(f"the task is {task!r:.80}: give AnnotatedTexts")
+    _check_task("the task", task)
     check_whole("shots", shots, least=0)
     if shots and task.pool is None:
         raise ValueError(
@@ -127,14 +135,19 @@ def demonstrations_for(
     return draw_demonstrations(task.pool, shots, seed, multi_share, exclude=task.texts)
 
 # %% ../../nbs/data/10_demonstrations.ipynb #8fa1ca5b
+def _check_shape(vectors: np.ndarray, texts: int) -> None:
+    "Raise `ValueError` where there is not one vector per text."
+    if vectors.ndim != 2 or len(vectors) != texts:
+        raise ValueError(
+            f"the encoder gives an array of shape {vectors.shape} for {texts} texts: "
+            "it must give one vector per text, (n, d)"
+        )
+
+
 def _unit_vectors(encoder: Callable, texts: Sequence[str]) -> np.ndarray:
     "Vectors of length 1, (n, d)."
     vectors = np.asarray(encoder(texts))
-    if vectors.ndim != 2 or len(vectors) != len(texts):
-        raise ValueError(
-            f"the encoder gives an array of shape {vectors.shape} for {len(texts)} texts: "
-            "it must give one vector per text, (n, d)"
-        )
+    _check_shape(vectors, len(texts))
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     wrong = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
     if len(wrong):

@@ -30,12 +30,17 @@ GOEMOTIONS_GROUPS = {
 }
 
 
+def _group_of_emotion() -> dict[str, str]:
+    "The group that each emotion belongs to."
+    group_of = {}
+    for group, members in GOEMOTIONS_GROUPS.items():
+        group_of.update(dict.fromkeys(members.split(), group))
+    return group_of
+
+
 def _goemotions_labels(names: list[str], groups: bool) -> tuple[LabelSet, list[str | None]]:
     "The labels and, for each of the 28 columns, the label it counts for (neutral: None)."
-    group_of = {}
-    if groups:
-        for group, members in GOEMOTIONS_GROUPS.items():
-            group_of.update(dict.fromkeys(members.split(), group))
+    group_of = _group_of_emotion() if groups else {}
     target = [None if name == "neutral" else group_of.get(name, name) for name in names]
     return LabelSet(sorted({label for label in target if label})), target
 
@@ -195,14 +200,17 @@ def _convabuse_votes(row: dict, labels: LabelSet) -> np.ndarray:
     return np.array(votes, np.uint8).reshape(-1, len(labels))
 
 # %% ../../nbs/data/05_embedded.ipynb #7c134fda
+_TURNS = {"prev_agent": "Agent", "prev_user": "User", "agent": "Agent", "user": "User"}
+
+
+def _has_words(cell: str | float) -> bool:
+    "Whether a cell of a table holds a text; an empty one is read as NaN."
+    return isinstance(cell, str) and bool(cell.strip())
+
+
 def _dialogue(row: dict) -> str:
     "The turns that there are, each after its speaker."
-    turns = {"prev_agent": "Agent", "prev_user": "User", "agent": "Agent", "user": "User"}
-    spoken = []
-    for column, who in turns.items():
-        said = row[column]
-        if isinstance(said, str) and said.strip():
-            spoken.append(f"{who}: {said}")
+    spoken = [f"{who}: {row[column]}" for column, who in _TURNS.items() if _has_words(row[column])]
     return " ".join(spoken)
 
 

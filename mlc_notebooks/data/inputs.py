@@ -56,6 +56,11 @@ def check_listed(name: str, values: Iterable) -> tuple:
     return listed
 
 # %% ../../nbs/data/000_inputs.ipynb #67f32f5a
+def _length(value: str) -> str:
+    "How long a string is, in words, and how it begins."
+    return f"{len(value):,} characters, {value[:40]!r}..."
+
+
 def check_string(name: str, value: str, most: int) -> str:
     """The string itself.
 
@@ -65,7 +70,5 @@ def check_string(name: str, value: str, most: int) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a string, got {_shown(value)}")
     if len(value) > most:
-        raise ValueError(
-            f"{name} has {len(value):,} characters, {value[:40]!r}...: give at most {most:,}"
-        )
+        raise ValueError(f"{name} has {_length(value)}: give at most {most:,}")
     return value

@@ -35,12 +35,16 @@ _LONGEST_LABEL = 1000  # characters
 _MOST_LABELS = 10_000
 
 
-def _check_name(name: str):
-    check_string("a label", name, _LONGEST_LABEL)
+def _check_spaces(name: str):
     if not name.strip():
         raise ValueError(f"a label is empty: {name!r}")
     if name != name.strip():
         raise ValueError(f"label {name!r} begins or ends with white space: strip it")
+
+
+def _check_name(name: str):
+    check_string("a label", name, _LONGEST_LABEL)
+    _check_spaces(name)
     if not name.isprintable():
         raise ValueError(
             f"label {name!r} holds a line break or another character that cannot be printed"
@@ -103,6 +107,14 @@ def _unknown_label(name, names: tuple[str, ...]) -> str:
     return f"{name!r:.100} is not one of the labels {list(names)}{hint}"
 
 # %% ../../nbs/data/00_labels.ipynb #426a64ff
+def _zeros_and_ones(vector: Iterable[int], length: int) -> np.ndarray:
+    "The vector; raises `ValueError` for other values than 0 and 1, or another length."
+    vector = np.asarray(vector)
+    if vector.shape != (length,) or not ((vector == 0) | (vector == 1)).all():
+        raise ValueError(f"{vector!r:.100} is no vector of {length} zeros and ones")
+    return vector
+
+
 @dataclass(frozen=True)
 class LabelSet:
     """L label names in a fixed order, and the outcome `none`.
@@ -145,16 +157,16 @@ class LabelSet:
         if isinstance(labels, str):
             raise TypeError(f"the labels are one string, {labels!r:.100}: give a list of names")
         vector = np.zeros(len(self), dtype=np.uint8)
-        for label in labels:
-            if self.none is None or label != self.none:
-                vector[self.index(label)] = 1
+        columns = [self.index(label) for label in labels if not self._says_none(label)]
+        vector[columns] = 1
         return vector
+
+    def _says_none(self, label: str) -> bool:
+        return self.none is not None and label == self.none
 
     def chosen(self, vector: Iterable[int]) -> tuple[str, ...]:
         "The labels whose entry in a 0/1 vector (L,) is set, in label order."
-        vector = np.asarray(vector)
-        if vector.shape != (len(self),) or not ((vector == 0) | (vector == 1)).all():
-            raise ValueError(f"{vector!r:.100} is no vector of {len(self)} zeros and ones")
+        vector = _zeros_and_ones(vector, len(self))
         return tuple(name for name, value in zip(self.names, vector) if value)
 
     def reorder(self, names: Iterable[str]) -> "LabelSet":

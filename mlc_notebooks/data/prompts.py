@@ -56,6 +56,17 @@ def check_texts(ids: Iterable[str], texts: Iterable[str]) -> None:
 _LONGEST = {"instruction": 200_000, "item": 200_000, "before_answer": 1000}  # characters
 
 
+def _check_item(item: str):
+    "Raise `ValueError` for an item without one place for the text, or with white space at its end."
+    if item.count("{text}") != 1:
+        raise ValueError(f"the item {item!r:.200} must contain {{text}} once")
+    if item != item.rstrip():
+        raise ValueError(
+            f"the item {item!r:.200} ends with white space, which would be tokenised apart from "
+            "the answer: put it in before_answer"
+        )
+
+
 @dataclass(frozen=True)
 class Template:
     """The wording of a question.
@@ -70,13 +81,7 @@ class Template:
     def __post_init__(self):
         for name, most in _LONGEST.items():
             check_string(name, getattr(self, name), most)
-        if self.item.count("{text}") != 1:
-            raise ValueError(f"the item {self.item!r:.200} must contain {{text}} once")
-        if self.item != self.item.rstrip():
-            raise ValueError(
-                f"the item {self.item!r:.200} ends with white space, which would be tokenised "
-                "apart from the answer: put it in before_answer"
-            )
+        _check_item(self.item)
 
 
 def name_labels(names: Sequence[str]) -> str:
@@ -144,9 +149,14 @@ def _instruction(template: Template, names: Sequence[str], label_noun: str) -> s
     return fill(template.instruction, labels=name_labels(names), label_noun=label_noun)
 
 
+def _has_size(row: object, size: int) -> bool:
+    "Whether this is a tuple or a list of so many entries."
+    return isinstance(row, (tuple, list)) and len(row) == size
+
+
 def _check_pair(pair: tuple[str, Sequence[str]]) -> tuple[str, Sequence[str]]:
     "A demonstration, (text, list of labels); raises `ValueError` or `TypeError` for another thing."
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+    if not _has_size(pair, 2):
         raise ValueError(f"a demonstration is {pair!r:.100}: give a pair (text, list of labels)")
     text, chosen = pair
     check_texts([f"demonstration {text!r:.40}"], [text])
@@ -210,7 +220,7 @@ def list_prompts(
 def _check_size(rows: Sequence[tuple], size: int, what: str) -> Sequence[tuple]:
     "The rows; raises `ValueError` naming the first one that has not so many entries."
     for row in check_listed("the list of pairs or demonstrations", rows):
-        if not isinstance(row, (tuple, list)) or len(row) != size:
+        if not _has_size(row, size):
             raise ValueError(f"{what} is {row!r:.100}: give {size} strings")
     return rows
 

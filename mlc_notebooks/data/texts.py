@@ -47,17 +47,21 @@ def _check_votes(where: str, votes: np.ndarray, labels: LabelSet):
         _check_one_chosen(where, votes)
 
 # %% ../../nbs/data/02_texts.ipynb #818443e2
+def _doubled(ids: tuple) -> str:
+    "The first id that stands there for the second time."
+    ids = pd.Series(ids)
+    return ids[ids.duplicated()].iloc[0]
+
+
 def _check_ids(name: str, ids: tuple):
     "Raise `ValueError` naming an id that is no string, empty, or there twice."
-    seen = set()
     for position, item in enumerate(ids):
         if not isinstance(item, str) or not item.strip():
             raise ValueError(
                 f"{name}: the id at position {position} is {item!r:.100}: give a string, not empty"
             )
-        if item in seen:
-            raise ValueError(f"{name}: the id {item!r:.100} occurs more than once")
-        seen.add(item)
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{name}: the id {_doubled(ids)!r:.100} occurs more than once")
 
 
 def _check_label_set(name: str, labels: LabelSet):
@@ -86,6 +90,11 @@ def _check_items(name, ids, texts, labels, annotations):
         _check_votes(f"{name}: item {item!r}", votes, labels)
 
 # %% ../../nbs/data/02_texts.ipynb #00c95767
+def _check_positions(positions: Iterable[int], length: int) -> list[int]:
+    "The positions; raises `ValueError` for what is no position in a list of that length."
+    return [check_whole("position", i, least=0, most=length - 1) for i in positions]
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class _Items:
     "n texts with an id and annotations each, and the other splits of the same data."
@@ -110,8 +119,7 @@ class _Items:
 
     def select(self, positions: Iterable[int]) -> "AnnotatedTexts":
         "The items at these positions, in the order given."
-        last = len(self) - 1
-        positions = [check_whole("position", i, least=0, most=last) for i in positions]
+        positions = _check_positions(positions, len(self))
         return replace(
             self,
             ids=[self.ids[i] for i in positions],
@@ -207,6 +215,13 @@ def _page(task: "AnnotatedTexts") -> str:
     return f"<p>{html.escape(_summary(task))}</p>{tables}"
 
 # %% ../../nbs/data/02_texts.ipynb #2271c36c
+def _check_asked(name: str, q: pd.DataFrame):
+    "Raise `ValueError` naming the first item that nobody annotated."
+    unasked = q.index[q.isna().any(axis=1)]
+    if len(unasked):
+        raise ValueError(f"{name}: item {unasked[0]!r} has no annotations, so no majority")
+
+
 def _draw(task: "AnnotatedTexts", n: int, seed: int, kind: str) -> tuple[np.ndarray, dict]:
     "The positions of n items, and how many come from each cell."
     check_choice("kind", kind, ("random", "main", "multi"))
@@ -243,9 +258,7 @@ class AnnotatedTexts(_Items):
         """
         check_number("threshold", threshold, above=0, most=1)
         q = self.distribution()
-        unasked = q.index[q.isna().any(axis=1)]
-        if len(unasked):
-            raise ValueError(f"{self.name}: item {unasked[0]!r} has no annotations, so no majority")
+        _check_asked(self.name, q)
         chosen = majority_of_shares(q.to_numpy(), self.labels.is_multi, threshold)
         return pd.DataFrame(chosen.astype(np.uint8), q.index, q.columns)
 
@@ -317,17 +330,21 @@ def reorder_labels(task: AnnotatedTexts, names: Sequence[str]) -> AnnotatedTexts
     return _relabel(task, labels, [task.labels.index(name) for name in labels])
 
 # %% ../../nbs/data/02_texts.ipynb #98b85520
+def _check_one_each(names: Sequence[str], labels: LabelSet):
+    "Raise `ValueError` for more names or fewer than labels."
+    if len(names) != len(labels):
+        raise ValueError(
+            f"{len(names)} names for the {len(labels)} labels {list(labels)}: give one for each"
+        )
+
+
 def rename_labels(task: AnnotatedTexts, names: Sequence[str]) -> AnnotatedTexts:
     """The same task with its labels, in order, called `names`, in all splits.
 
     Raises `ValueError` for more names or fewer.
     """
     names = check_listed("labels", names)
-    if len(names) != len(task.labels):
-        raise ValueError(
-            f"{len(names)} names for the {len(task.labels)} labels {list(task.labels)}: "
-            "give one for each"
-        )
+    _check_one_each(names, task.labels)
     return _relabel(task, LabelSet(names, task.labels.none), list(range(len(names))))
 
 # %% ../../nbs/data/02_texts.ipynb #e76bf633

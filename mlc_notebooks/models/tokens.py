@@ -26,14 +26,17 @@ def _marks_first_word(lm: LM) -> bool:
     return lm.token_texts[lm.encode_text("a")[0]].startswith(" ")
 
 
+def _after(head: list[int], whole: list[int]) -> list[int] | None:
+    "What comes after `head` in `whole`; None where `whole` does not begin with it."
+    return whole[len(head) :] if whole[: len(head)] == head else None
+
+
 def _ids_after_anchor(lm: LM, anchor: str, text: str) -> list[int] | None:
     "Ids of `text` after the anchor; None where the two do not stay apart."
     head = lm.encode_text(anchor)
     whole = lm.encode_text(anchor + text)
-    keeps_apart = whole[: len(head)] == head
-    if keeps_apart and lm.decode(whole) == lm.decode(head) + text:
-        return whole[len(head) :]
-    return None
+    spells_text = lm.decode(whole) == lm.decode(head) + text
+    return _after(head, whole) if spells_text else None
 
 
 def encode_continuation(lm: LM, text: str) -> list[int]:
@@ -63,10 +66,8 @@ def _ids_after(lm: LM, before: str, text: str) -> list[int]:
     continuation of any text.
     """
     head = encode_continuation(lm, before)
-    whole = encode_continuation(lm, before + text)
-    if whole[: len(head)] == head:
-        return whole[len(head) :]
-    return encode_continuation(lm, text)
+    ids = _after(head, encode_continuation(lm, before + text))
+    return encode_continuation(lm, text) if ids is None else ids
 
 
 def _spell(lm: LM, before: str, space: str, lead: str, written: str) -> tuple[list[int], int]:
