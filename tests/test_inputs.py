@@ -37,6 +37,7 @@ from mlc_notebooks.data import (
     unary_prompts,
     without_texts,
 )
+from mlc_notebooks.probing import as_task
 
 DATA = Path(__file__).parent / "data"
 NAN = float("nan")
@@ -137,6 +138,11 @@ TEXTS = [
     (lambda: TASK.majority(0), ValueError, "threshold is 0"),
     (lambda: TASK.majority(7), ValueError, "threshold is 7"),
     (lambda: without_texts(TASK, "a"), TypeError, "texts is one string"),
+    (lambda: as_task(FRAME, ["joy"]), TypeError, "texts is a table"),
+    (lambda: as_task({"text": "hm"}, ["joy"]), TypeError, "texts is a dict"),
+    (lambda: as_task("hm", ["joy"]), TypeError, "texts is one string"),
+    (lambda: as_task(["hm", NAN], ["joy"]), ValueError, "item '1' is nan"),
+    (lambda: as_task(["hm"], {"joy", "fear"}), TypeError, "sort it"),
     (lambda: check_texts(["1"], [3.5]), TypeError, "item '1' must be a string, got 3.5"),
     (lambda: check_texts(["1"], ["\ud800"]), ValueError, "surrogate"),
 ]

@@ -313,7 +313,7 @@ def _recognise(found: list[tuple[str, int, int]], labels: LabelSet) -> list[Entr
         entries.append(Entry(written, outcome, start, end, flags))
     return entries
 
-
+# %% ../../nbs/data/01_answers.ipynb #0d6cacc3
 def _names_none(entries: list[Entry], labels: LabelSet) -> bool:
     "Whether an entry says that no label applies."
     return labels.is_multi and any(entry.outcome == labels.none for entry in entries)

@@ -59,7 +59,7 @@ def _load(source: Source, name: str, folder: Path, options: dict) -> dict[str, A
         missing = error.filename or error.args[0]
         raise FileNotFoundError(_where_to_get(source, name, missing)) from None
 
-
+# %% ../../nbs/data/08_datasets.ipynb #bc235a08
 def load_task(
     name: str,  # in `SOURCES` or `GENERATORS`, or a variant such as "brighter-swe", "goemotions-27"
     split: str = "test",

@@ -33,7 +33,7 @@ def _showable(pool: AnnotatedTexts, exclude: Sequence[str]) -> AnnotatedTexts:
             keep.append(i)
     return pool.select(keep)
 
-
+# %% ../../nbs/data/10_demonstrations.ipynb #d5b09ffd
 def _check_task(what: str, task: AnnotatedTexts) -> None:
     "Raise `TypeError` for something else than a task."
     if not isinstance(task, AnnotatedTexts):
@@ -79,7 +79,7 @@ def _choose_both_kinds(
     second = _choose(rng, pool, with_few, shots - multi, "texts with at most one label")
     return np.concatenate([first, second])
 
-
+# %% ../../nbs/data/10_demonstrations.ipynb #0828ff34
 def draw_demonstrations(
     pool: AnnotatedTexts,  # the train split
     shots: int = 10,
@@ -154,7 +154,7 @@ def _unit_vectors(encoder: Callable, texts: Sequence[str]) -> np.ndarray:
         raise ValueError(f"the encoder gives no direction for the text {texts[wrong[0]]!r:.100}")
     return vectors / lengths
 
-
+# %% ../../nbs/data/10_demonstrations.ipynb #29a02c87
 def similar_demonstrations(
     pool: AnnotatedTexts,
     texts: Sequence[str],

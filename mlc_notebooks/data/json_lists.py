@@ -46,7 +46,7 @@ def _unescape(string: str) -> str:
     text = json.loads(f'"{string}"', strict=False)
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
-
+# %% ../../nbs/data/00e_json_lists.ipynb #d984ec37
 def _scan_list(text: str, opening: re.Match, end: int) -> WrittenList:
     "The JSON list after `opening`, in the text up to `end`."
     at = opening.end()

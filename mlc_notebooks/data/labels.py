@@ -114,7 +114,7 @@ def _zeros_and_ones(vector: Iterable[int], length: int) -> np.ndarray:
         raise ValueError(f"{vector!r:.100} is no vector of {length} zeros and ones")
     return vector
 
-
+# %% ../../nbs/data/00_labels.ipynb #58d990c4
 @dataclass(frozen=True)
 class LabelSet:
     """L label names in a fixed order, and the outcome `none`.

@@ -162,7 +162,7 @@ def _check_pair(pair: tuple[str, Sequence[str]]) -> tuple[str, Sequence[str]]:
     check_texts([f"demonstration {text!r:.40}"], [text])
     return text, check_listed("the labels of a demonstration", chosen)
 
-
+# %% ../../nbs/data/09_prompts.ipynb #d92f4f6d
 def _shown_in_lists(
     demonstrations: Sequence, labels: LabelSet, fmt: AnswerFormat, template: Template
 ) -> tuple[tuple[str, str], ...]:
@@ -195,7 +195,7 @@ def _shown_to_each(
     lists = [check_listed("the demonstrations of a text", own) for own in demonstrations]
     return [_shown_in_lists(own, labels, fmt, template) for own in lists]
 
-
+# %% ../../nbs/data/09_prompts.ipynb #ff552f10
 def list_prompts(
     texts: Sequence[str],  # to ask about
     labels: LabelSet,

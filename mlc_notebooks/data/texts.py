@@ -63,7 +63,7 @@ def _check_ids(name: str, ids: tuple):
     if len(set(ids)) < len(ids):
         raise ValueError(f"{name}: the id {_doubled(ids)!r:.100} occurs more than once")
 
-
+# %% ../../nbs/data/02_texts.ipynb #5aae41b2
 def _check_label_set(name: str, labels: LabelSet):
     "Raise `TypeError` for labels that are no `LabelSet`."
     if not isinstance(labels, LabelSet):
@@ -95,6 +95,15 @@ def _check_positions(positions: Iterable[int], length: int) -> list[int]:
     return [check_whole("position", i, least=0, most=length - 1) for i in positions]
 
 
+def _find(item: str, position: dict[str, int], name: str) -> int:
+    "The position of an id; raises `ValueError` for one that is not there."
+    if item not in position:
+        raise ValueError(
+            f"{name} has no item {item!r}: score a trace with the task it was made from"
+        )
+    return position[item]
+
+# %% ../../nbs/data/02_texts.ipynb #0f5b57a3
 @dataclass(frozen=True, eq=False, repr=False)
 class _Items:
     "n texts with an id and annotations each, and the other splits of the same data."
@@ -145,14 +154,6 @@ class _Items:
                 f"{self.name} has no split {name!r}: choose one of {sorted(self.splits)}"
             )
         return replace(self.splits[name], splits=self.splits)
-
-
-def _find(item: str, position: dict[str, int], name: str) -> int:
-    if item not in position:
-        raise ValueError(
-            f"{name} has no item {item!r}: score a trace with the task it was made from"
-        )
-    return position[item]
 
 # %% ../../nbs/data/02_texts.ipynb #ebca2e51
 def _shares(votes: np.ndarray) -> np.ndarray:

@@ -85,6 +85,16 @@ class _Greedy:
     thinking: bool  # whether the prompt ends within reasoning
 
 
+def _is_over(found: _Greedy, answer_tokens: AnswerTokens) -> bool:
+    return list_is_over(
+        found.text,
+        answer_tokens.labels,
+        answer_tokens.fmt,
+        newline=answer_tokens.before.startswith("\n"),
+        thinking=found.thinking,
+    )
+
+# %% ../../nbs/probing/01_decoding.ipynb #d8b3a860
 def _write_greedily(
     lm: LM, answer_tokens: AnswerTokens, limit: int, start: Node, drafts: NgramDrafter
 ) -> Generator[Request, list[Prediction], _Greedy]:
@@ -112,16 +122,6 @@ def _write_greedily(
         ahead = ahead[1:]
         drafted = drafted[1:]
     return found
-
-
-def _is_over(found: _Greedy, answer_tokens: AnswerTokens) -> bool:
-    return list_is_over(
-        found.text,
-        answer_tokens.labels,
-        answer_tokens.fmt,
-        newline=answer_tokens.before.startswith("\n"),
-        thinking=found.thinking,
-    )
 
 # %% ../../nbs/probing/01_decoding.ipynb #02e04ce5
 def _token_boundaries(found: _Greedy) -> dict[int, int]:
