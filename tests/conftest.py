@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mlc_notebooks.engine import packs
 from mlc_notebooks.models import LM, fetch_model, load_lm
 
 # The properties in test_fuzz.py see the same examples in every run. To search longer, among other
@@ -109,6 +110,44 @@ def tiny_lms(tokenizer):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **ids, **shape)).eval()
 
     return {kind: LM(kind, make(kind, shape), tokenizer) for kind, shape in _ARCHITECTURES.items()}
+
+
+def write_as_told(tokenizer):
+    """A GPT-2 that writes what it is told, with this tokenizer.
+
+    The embedding of a position points to the token that comes after it. `write(start, ids)` makes
+    it write `ids` after a prompt of `start` tokens; the tokens it reads move its probabilities.
+    """
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "gpt2",
+        vocab_size=len(tokenizer),
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=1024,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    model.lm_head.weight.copy_(torch.nn.functional.normalize(model.lm_head.weight))
+    lm = LM("scripted", model, tokenizer)
+    assert packs(lm)
+
+    def write(start, ids):
+        model.transformer.wpe.weight[start - 1 : start - 1 + len(ids)] = (
+            8 * model.lm_head.weight[list(ids)]
+        )
+        return lm
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def scripted(tokenizer):
+    "A function `scripted(start, ids)`, see `write_as_told`, with SmolLM2's tokenizer."
+    return write_as_told(tokenizer)
 
 
 @pytest.fixture(scope="session")

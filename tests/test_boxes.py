@@ -167,13 +167,13 @@ def test_no_two_objects_begin_with_the_same_token(base_lm, fmt, objects):
 @pytest.mark.parametrize(
     "wrong, says",
     [
-        ({"n": 0}, "n is 0: give 1 or more"),
-        ({"boxes": 0}, "boxes is 0: give 1 or more"),
-        ({"moves": -1}, "moves is -1: give 0 or more"),
-        ({"objects": 0}, "objects is 0: give 1 or more"),
-        ({"objects": 49}, "objects is 49, .* give 48 or fewer"),
-        ({"train": 0}, "train is 0: give 1 or more"),
-        ({"dev": -3}, "dev is -3: give 1 or more"),
+        ({"n": 0}, "n is 0: give a whole number of at least 1"),
+        ({"boxes": 0}, "boxes is 0: give a whole number of at least 1"),
+        ({"moves": -1}, "moves is -1: give a whole number of at least 0"),
+        ({"objects": 0}, "objects is 0: give a whole number of at least 1"),
+        ({"objects": 49}, "objects is 49: give .* of at most 48"),
+        ({"train": 0}, "train is 0: give a whole number of at least 1"),
+        ({"dev": -3}, "dev is -3: give a whole number of at least 1"),
         (
             {"boxes": 1, "objects": 1, "moves": 0},
             "boxes=1, objects=1 and moves=0 hardly give more than 2 different texts: raise",

@@ -15,10 +15,10 @@ import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from mlc_notebooks.alignment import OutputTree, inclusion_bounds
 from mlc_notebooks.data import (
+    FLAGS,
     FORMATS,
     AnnotatedTexts,
     LabelSet,
@@ -28,6 +28,7 @@ from mlc_notebooks.data import (
     list_is_over,
     list_prompts,
     parse_answer,
+    spoken,
     surface_forms,
     unary_prompts,
 )
@@ -74,6 +75,8 @@ _MARKS = [
     "<|im_start|>",
     "<|im_end|>",
     "<|endoftext|>",
+    "<think>",
+    "</think>",
     "Input:",
     "and",
     "the",
@@ -221,6 +224,10 @@ answers = st.one_of(
                         "\\",
                         "\\u",
                         "d83d",
+                        "...",
+                        "<think>",
+                        "</think>",
+                        "```\n",
                         "]",
                         "}",
                         " ",
@@ -250,7 +257,7 @@ def test_any_answer_is_read_and_nothing_is_lost_without_a_flag(
 ):
     labels = LabelSet(["joy", "anger", "the joy"], none)
     parsed = parse_answer(text, labels, fmt, finished, newline)
-    known = {"preamble", "invalid", "empty", "truncated", "repeated", "invented", "none_mixed"}
+    known = {flag.name for flag in FLAGS.values() if flag.level != "prompt"} - {"forced"}
     assert parsed.flags <= known and (parsed.entries or parsed.flags)
     seen, at = [], 0
     for entry in parsed.entries:
@@ -262,12 +269,13 @@ def test_any_answer_is_read_and_nothing_is_lost_without_a_flag(
         seen, at = [*seen, entry.outcome], entry.end
     assert ("none_mixed" in parsed.flags) == (none is not None and none in seen and len(seen) > 1)
     if list_is_over(text, labels, FORMATS[fmt], newline):
-        assert list_is_over(text + more, labels, FORMATS[fmt], newline)
+        thought = "reasoning" in parse_answer(text + more, labels, fmt, True, newline).flags
+        assert thought or list_is_over(text + more, labels, FORMATS[fmt], newline)
         late, whole = (
             parse_answer(text + more, labels, fmt, True, newline),
             parse_answer(text, labels, fmt, True, newline),
         )
-        assert late == whole
+        assert late == whole or {"several_lists", "reasoning"} & late.flags
 
 
 json_strings = st.one_of(st.sampled_from(["joy", "Anger", "none"]), texts)
@@ -276,6 +284,7 @@ json_strings = st.one_of(st.sampled_from(["joy", "Anger", "none"]), texts)
 @examples(200)
 @given(st.lists(json_strings), st.booleans(), st.sampled_from([None, 0, 2, "\t"]))
 def test_valid_json_is_read_as_json_reads_it(written, ascii_only, indent):
+    assume(not spoken("".join(written)).reasoned)  # such a mark is text in labels of the task only
     labels = LabelSet(["joy", "anger"])
     parsed = parse_answer(
         json.dumps({"label": written}, ensure_ascii=ascii_only, indent=indent), labels
@@ -648,40 +657,6 @@ def test_free_decoding_agrees_with_its_twin(tiny_lms, architecture, task, way, b
     assert (
         trace.steps.groupby("example")["step"].min()[list(task.ids)] == 1
     ).all() and np.isfinite(trace.logprobs).all()
-
-
-@pytest.fixture(scope="module")
-def scripted(tokenizer):
-    """A GPT-2 that writes what it is told.
-
-    The embedding of a position points to the token that comes after it. `scripted(start, ids)`
-    makes it write `ids` after a prompt of `start` tokens; the tokens it reads move its
-    probabilities.
-    """
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "gpt2",
-        vocab_size=49152,
-        n_embd=64,
-        n_layer=2,
-        n_head=4,
-        n_positions=1024,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    model.lm_head.weight.copy_(torch.nn.functional.normalize(model.lm_head.weight))
-    lm = LM("scripted", model, tokenizer)
-    assert packs(lm)
-
-    def write(start, ids):
-        model.transformer.wpe.weight[start - 1 : start - 1 + len(ids)] = (
-            8 * model.lm_head.weight[list(ids)]
-        )
-        return lm
-
-    return write
 
 
 @st.composite

@@ -1,6 +1,10 @@
+from . import inputs as inputs
 from . import labels as labels
 from . import checks as checks
 from . import files as files
+from . import reasoning as reasoning
+from . import json_lists as json_lists
+from . import damaged as damaged
 from . import answers as answers
 from . import sampling as sampling
 from . import texts as texts
@@ -18,6 +22,8 @@ from . import boxes as boxes
 from . import datasets as datasets
 from . import prompts as prompts
 from . import demonstrations as demonstrations
+from .inputs import check_listed as check_listed
+from .inputs import check_string as check_string
 from .labels import LabelSet as LabelSet
 from .labels import nfc as nfc
 from .labels import surface_forms as surface_forms
@@ -29,6 +35,15 @@ from .files import claimed as claimed
 from .files import safe_name as safe_name
 from .files import whole_file as whole_file
 from .files import write_whole as write_whole
+from .reasoning import Spoken as Spoken
+from .reasoning import is_reasoning_token as is_reasoning_token
+from .reasoning import opens_reasoning as opens_reasoning
+from .reasoning import spoken as spoken
+from .json_lists import WrittenList as WrittenList
+from .json_lists import has_ended as has_ended
+from .json_lists import json_lists as json_lists
+from .damaged import naming_damage as naming_damage
+from .damaged import naming_folder as naming_folder
 from .answers import AnswerFormat as AnswerFormat
 from .answers import Entry as Entry
 from .answers import FLAGS as FLAGS
@@ -91,6 +106,8 @@ from .sources import Source as Source
 from .sources import data_file as data_file
 from .sources import generator as generator
 from .sources import loader as loader
+from .sources import read_csv as read_csv
+from .sources import read_json as read_json
 from .sources import read_text as read_text
 from .embedded import CONVABUSE_LABELS as CONVABUSE_LABELS
 from .embedded import GOEMOTIONS_GROUPS as GOEMOTIONS_GROUPS

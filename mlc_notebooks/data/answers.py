@@ -11,10 +11,13 @@ __all__ = ['FORMATS', 'FLAGS', 'IRREGULAR_FLAGS', 'AnswerFormat', 'answer_format
 # %% ../../nbs/data/01_answers.ipynb #19049365
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from .inputs import check_listed
+from .json_lists import WrittenList, has_ended, json_lists
 from .labels import LabelSet, nfc, surface_forms
+from .reasoning import Spoken, spoken
 
 # %% ../../nbs/data/01_answers.ipynb #ace234fa
 def _check_marks(name: str, forbidden: tuple[str, ...], fmt: str):
@@ -67,7 +70,7 @@ class AnswerFormat:
 
         Raises `ValueError` for an unknown label.
         """
-        chosen = list(chosen) or [labels.none]
+        chosen = list(check_listed("the labels", chosen)) or [labels.none]
         if chosen == [None]:
             raise ValueError("a single-label task has no way to write that no label applies")
         for name in chosen:
@@ -128,7 +131,7 @@ def answer_format(name: str | AnswerFormat) -> AnswerFormat:
     "The format of that name, or the format itself; raises `ValueError` for an unknown name."
     if isinstance(name, AnswerFormat):
         return name
-    if name not in FORMATS:
+    if not isinstance(name, str) or name not in FORMATS:
         raise ValueError(f"unknown answer format {name!r}: choose one of {sorted(FORMATS)}")
     return FORMATS[name]
 
@@ -147,6 +150,8 @@ _ALL_FLAGS = (
     Flag("text_truncated", "prompt", "the end of the text was cut, so that the prompt fits"),
     Flag("boundary_merged", "prompt", "prompt and answer tokenised together give other ids"),
     Flag("preamble", "answer", "something stands before the list; the list is still valid"),
+    Flag("reasoning", "answer", "something was thought, between marks; it does not count"),
+    Flag("several_lists", "answer", "more than one list begins; the last whole one counts"),
     Flag("invalid", "answer", "the list is never opened, or its format is broken", True),
     Flag("empty", "answer", 'the list has no entry: [], which is not ["none"]', True),
     Flag("truncated", "answer", "the text ends before the list does", True),
@@ -186,50 +191,26 @@ class ParsedAnswer:
         return tuple(dict.fromkeys(named))
 
 # %% ../../nbs/data/01_answers.ipynb #9e7e5b7e
-_OPEN_JSON = re.compile(r'\{\s*"label"\s*:\s*\[')
-_EMPTY_JSON = re.compile(r"\s*\]")
-_STRING = re.compile(r'\s*"((?:[^"\\]|\\.)*)"', re.DOTALL)
-_OPEN_STRING = re.compile(r'\s*("(?:[^"\\]|\\.)*\\?)?$', re.DOTALL)
+def _no_list(said: Spoken) -> WrittenList:
+    "What stands for a list that is never opened."
+    return WrittenList(-1, [], {"truncated"} if said.unclosed else {"invalid"}, -1)
 
 
-def _unescape(string: str) -> str:
-    """What a JSON string says; raises `ValueError` for an escape that JSON does not know.
-
-    Half of a surrogate pair is no text and cannot be saved: it becomes U+FFFD.
-    """
-    text = json.loads(f'"{string}"', strict=False)
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _scan_json(text: str) -> tuple[list[tuple[str, int, int]], set[str]]:
-    "Entries (text, start, end) and flags of a JSON list."
-    opening = _OPEN_JSON.search(text)
-    if not opening:
-        return [], {"invalid"}
-    flags = {"preamble"} if text[: opening.start()].strip() else set()
-    at = opening.end()
-    if _EMPTY_JSON.match(text, at):
-        return [], flags | {"empty"}
-
-    entries = []
-    while string := _STRING.match(text, at):
-        try:
-            entries.append((_unescape(string[1]), *string.span(1)))
-        except ValueError:
-            return entries, flags | {"invalid"}
-        rest = text[string.end() :].lstrip()
-        if rest.startswith("]"):
-            return entries, flags
-        if not rest:
-            return entries, flags | {"truncated"}
-        if not rest.startswith(","):
-            return entries, flags | {"invalid"}
-        at = text.index(",", string.end()) + 1
-
-    unfinished = _OPEN_STRING.match(text, at)
-    return entries, flags | {"truncated" if unfinished else "invalid"}
+def _read_json(text: str, said: Spoken) -> WrittenList:
+    "The JSON list that counts, with all its flags."
+    lists = json_lists(text, said.parts)
+    if not lists:
+        return _no_list(said)
+    counts = ([found for found in lists if found.is_whole] or lists)[-1]
+    if len(lists) > 1:
+        counts.flags = counts.flags | {"several_lists"}
+    return counts
 
 # %% ../../nbs/data/01_answers.ipynb #25c4c77a
+_BLANK_LINES = re.compile(r"(?:[^\S\n]*\n)*")
+_FENCE = re.compile(r"[^\S\n]*```\w*[^\S\n]*\n")
+
+
 def _list_line(text: str, fmt: AnswerFormat) -> tuple[str, bool]:
     "The line that holds the list, and whether something ends it."
     line, ended, _ = text.partition("\n")
@@ -239,6 +220,28 @@ def _list_line(text: str, fmt: AnswerFormat) -> tuple[str, bool]:
     return line, bool(ended)
 
 
+def _line_start(text: str, part: tuple[int, int], newline: bool) -> int | None:
+    "Where the line of the list begins in this part of a text; None: it does not begin."
+    start, end = part
+    if start == 0 and newline:
+        start = text.find("\n", 0, end) + 1
+        if start == 0:
+            return None
+    elif start > 0:  # after reasoning
+        start = _BLANK_LINES.match(text, start, end).end()
+    fence = _FENCE.match(text, start, end)
+    return fence.end() if fence else start
+
+
+def _line_span(text: str, said: Spoken, newline: bool) -> tuple[int, int] | None:
+    "From where to where the last part with words holds the list; None where no list begins."
+    for part in reversed(said.parts):
+        if text[slice(*part)].strip() or not said.reasoned:
+            start = _line_start(text, part, newline)
+            return None if start is None else (start, part[1])
+    return None
+
+# %% ../../nbs/data/01_answers.ipynb #acb56087
 def _without_lead(entry: str, fmt: AnswerFormat, none: str | None) -> str:
     "The label in an entry; empty where a label lacks its lead."
     if entry.startswith(fmt.lead):
@@ -247,80 +250,130 @@ def _without_lead(entry: str, fmt: AnswerFormat, none: str | None) -> str:
     return entry if is_none else ""
 
 
-def _scan_line(
-    text: str, fmt: AnswerFormat, none: str | None, finished: bool, newline: bool
+def _line_entries(
+    line: str, at: int, fmt: AnswerFormat, none: str | None
 ) -> tuple[list[tuple[str, int, int]], set[str]]:
-    "Entries (text, start, end) and flags of a one-line list."
-    if newline and "\n" not in text:
-        return [], {"invalid"}
-    at = text.index("\n") + 1 if newline else 0
-    flags = {"preamble"} if text[:at].strip() else set()
-    line, ended = _list_line(text[at:], fmt)
-
+    "Entries (text, start, end) and flags of a line that begins at `at`."
     entries = []
     separator = fmt.separator + ("(?= )" if fmt.lead else "")  # the words "and the", not "andthe"
     for piece in re.split(separator, line):
         name = _without_lead(piece.strip(), fmt, none)
         if not name:
-            flags.add("invalid")
-            break
+            return entries, {"invalid"}
         entries.append((name, at, at + len(piece.rstrip())))
         at += len(piece) + len(fmt.separator)
+    return entries, set()
+
+
+def _read_line(
+    text: str, said: Spoken, fmt: AnswerFormat, none: str | None, finished: bool, newline: bool
+) -> WrittenList:
+    "The one-line list that counts."
+    span = _line_span(text, said, newline)
+    if span is None:
+        return _no_list(said)
+    start, end = span
+    line, ended = _list_line(text[start:end], fmt)
+    entries, flags = _line_entries(line, start, fmt, none)
     if not (ended or finished):
         flags.add("truncated")
-    return entries, flags
+    return WrittenList(start, entries, flags, end)
 
 # %% ../../nbs/data/01_answers.ipynb #0f759856
-def _recognise(found: list[tuple[str, int, int]], labels: LabelSet) -> list[Entry]:
-    "What was found, with the outcome that each entry names."
-    spelled = {}  # spelling -> outcome
+def _spellings_of(labels: LabelSet) -> dict[str, str]:
+    "From each spelling that counts to its outcome."
+    spelled = {}
     for outcome in labels.outcomes:
         for form in surface_forms(outcome):
             spelled[nfc(form)] = outcome
+    return spelled
 
+
+_NO_FLAG = frozenset()
+_INVENTED = frozenset({"invented"})
+_REPEATED = frozenset({"repeated"})
+
+
+def _step_flags(outcome: str | None, seen: Collection[str | None]) -> frozenset[str]:
+    "The flags of an entry that names this outcome, after those seen before."
+    if outcome is None:
+        return _INVENTED
+    return _REPEATED if outcome in seen else _NO_FLAG
+
+
+def _recognise(found: list[tuple[str, int, int]], labels: LabelSet) -> list[Entry]:
+    "What was found, with the outcome that each entry names."
+    spelled = _spellings_of(labels)
     entries = []
     seen = set()
     for written, start, end in found:
         outcome = spelled.get(nfc(written))
-        flags = set()
-        if outcome is None:
-            flags.add("invented")
-        elif outcome in seen:
-            flags.add("repeated")
+        flags = _step_flags(outcome, seen)
         seen.add(outcome)
-        entries.append(Entry(written, outcome, start, end, frozenset(flags)))
+        entries.append(Entry(written, outcome, start, end, flags))
     return entries
 
+# %% ../../nbs/data/01_answers.ipynb #0d6cacc3
+def _names_none(entries: list[Entry], labels: LabelSet) -> bool:
+    "Whether an entry says that no label applies."
+    return labels.is_multi and any(entry.outcome == labels.none for entry in entries)
 
+
+def _entry_flags(entries: list[Entry], labels: LabelSet) -> set[str]:
+    "The flags of the entries, and whether `none` stands beside a label."
+    flags = set().union(*(entry.flags for entry in entries))
+    if len(entries) > 1 and _names_none(entries, labels):
+        flags.add("none_mixed")
+    return flags
+
+
+def _says_before(text: str, said: Spoken, at: int) -> bool:
+    "Whether something is said before a position."
+    before = [text[start : min(end, at)] for start, end in said.parts if start < at]
+    return any(part.strip() for part in before)
+
+
+def _preface_flags(text: str, said: Spoken, at: int) -> set[str]:
+    "The flags of what stands beside the list that begins at `at`: reasoning, and words before it."
+    flags = {"reasoning"} if said.reasoned else set()
+    if _says_before(text, said, at):
+        flags.add("preamble")
+    return flags
+
+# %% ../../nbs/data/01_answers.ipynb #cf8b86a5
 def parse_answer(
     text: str,  # what the model wrote after the prompt
     labels: LabelSet,
     fmt: AnswerFormat | str = "json",
     finished: bool = True,  # False: the text was cut at a length limit, so its end ends no list
     newline: bool = True,  # a one-line list starts on a line of its own (in a chat it need not)
+    thinking: bool = False,  # the prompt ends within reasoning, with which the text goes on
 ) -> ParsedAnswer:
-    "The list that stands in `text`; it never raises, every irregularity becomes a flag."
+    """The last whole list that stands in `text` outside of reasoning.
+
+    It never raises; every irregularity becomes a flag.
+    """
     fmt = answer_format(fmt)
+    said = spoken(text, labels.outcomes, thinking)
     if fmt.name == "json":
-        found, flags = _scan_json(text)
+        found = _read_json(text, said)
     else:
-        found, flags = _scan_line(text, fmt, labels.none, finished, newline)
-    entries = _recognise(found, labels)
-    flags = flags.union(*(entry.flags for entry in entries))
-    names_none = any(entry.outcome == labels.none for entry in entries)
-    if labels.is_multi and names_none and len(entries) > 1:
-        flags.add("none_mixed")
+        found = _read_line(text, said, fmt, labels.none, finished, newline)
+    entries = _recognise(found.entries, labels)
+    beside = _preface_flags(text, said, found.start)
+    flags = found.flags | beside | _entry_flags(entries, labels)
     return ParsedAnswer(tuple(entries), frozenset(flags))
 
 # %% ../../nbs/data/01_answers.ipynb #6ebcc38a
-def list_is_over(text: str, labels: LabelSet, fmt: AnswerFormat, newline: bool = True) -> bool:
-    "Whether the list in `text` has ended, or is broken: nothing written later would count."
+def list_is_over(
+    text: str, labels: LabelSet, fmt: AnswerFormat, newline: bool = True, thinking: bool = False
+) -> bool:
+    "Whether a list in `text` has ended, or is broken: free decoding stops here."
+    said = spoken(text, labels.outcomes, thinking)
     if fmt.name == "json":
-        opened = _OPEN_JSON.search(text) is not None
-        return opened and "truncated" not in parse_answer(text, labels, fmt).flags
-    if newline:
-        if "\n" not in text:
-            return False
-        text = text.split("\n", 1)[1]
-    _, ended = _list_line(text, fmt)
+        return any(has_ended(text, found) for found in json_lists(text, said.parts))
+    span = _line_span(text, said, newline)
+    if span is None:
+        return False
+    _, ended = _list_line(text[slice(*span)], fmt)
     return ended

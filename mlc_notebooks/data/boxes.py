@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .checks import check_whole
 from .labels import LabelSet
 from .sources import generator
 from .texts import AnnotatedTexts, text_key
@@ -117,13 +118,16 @@ def _draw_box(rng: np.random.Generator, boxes: list[tuple[str, ...]]) -> int:
     return int(rng.choice(np.flatnonzero(sizes == possible[0])))
 
 
+def _listed(words: list[str]) -> str:
+    "`a, b and c`."
+    *front, last = words
+    return f"{', '.join(front)} and {last}" if front else last
+
+
 def _tell_box(number: int, box: tuple[str, ...]) -> str:
     "`box 1 holds the drum, the jar and the yarn`, or `box 1 holds nothing`."
-    if not box:
-        return f"box {number + 1} holds nothing"
-    *front, last = [f"the {thing}" for thing in box]
-    listed = f"{', '.join(front)} and {last}" if front else last
-    return f"box {number + 1} holds {listed}"
+    things = _listed([f"the {thing}" for thing in box]) if box else "nothing"
+    return f"box {number + 1} holds {things}"
 
 # %% ../../nbs/data/07_boxes.ipynb #7b97d683
 def _box_story(
@@ -142,6 +146,14 @@ def _box_story(
     return " ".join(sentences), contents[asked]
 
 
+def _too_few(boxes: int, objects: int, moves: int, found: int) -> str:
+    "The message that these sizes give too few different texts."
+    return (
+        f"boxes={boxes}, objects={objects} and moves={moves} hardly give more than "
+        f"{found} different texts: raise one of them, or lower n, train or dev"
+    )
+
+
 def _new_story(
     rng: np.random.Generator, seen: set[str], boxes: int, objects: list[str], moves: int
 ) -> tuple[str, tuple[str, ...]]:
@@ -151,17 +163,20 @@ def _new_story(
         if text_key(text) not in seen:
             seen.add(text_key(text))
             return text, held
-    raise ValueError(
-        f"boxes={boxes}, objects={len(objects)} and moves={moves} hardly give more than "
-        f"{len(seen)} different texts: raise one of them, or lower n, train or dev"
-    )
+    raise ValueError(_too_few(boxes, len(objects), moves, len(seen)))
 
 # %% ../../nbs/data/07_boxes.ipynb #bbcc84ac
-def _check_counts(**counts: tuple[int, int]) -> None:
-    "Raise `ValueError` for the first of name=(value, least) that is too small."
-    for name, (value, least) in counts.items():
-        if value < least:
-            raise ValueError(f"{name} is {value}: give {least} or more")
+_MOST_TEXTS = 1_000_000  # of a split
+_MOST_BOXES = 1000
+_MOST_MOVES = 10_000
+
+
+def _check_sizes(boxes: int, objects: int, moves: int, seed: int) -> None:
+    "Raise `ValueError` for a size of the texts that is no whole number, too small or too large."
+    check_whole("boxes", boxes, least=1, most=_MOST_BOXES)
+    check_whole("objects", objects, least=1, most=len(BOX_OBJECTS))  # there are no more words
+    check_whole("moves", moves, least=0, most=_MOST_MOVES)
+    check_whole("seed", seed, least=0)
 
 
 def _box_split(
@@ -195,18 +210,15 @@ def generate_boxes(
     larger n the same ones come first. Raises `ValueError` for a count that is too small, more
     objects than there are words, or more texts than these sizes can tell apart.
     """
-    _check_counts(n=(n, 1), boxes=(boxes, 1), objects=(objects, 1), moves=(moves, 0))
-    _check_counts(train=(train, 1), dev=(dev, 1))
-    most = len(BOX_OBJECTS)
-    if objects > most:
-        raise ValueError(
-            f"objects is {objects}, but there are only {most} words: give {most} or fewer"
-        )
+    _check_sizes(boxes, objects, moves, seed)
+    counts = {"test": n, "dev": dev, "train": train}
+    for name, count in {"n": n, "dev": dev, "train": train}.items():
+        check_whole(name, count, least=1, most=_MOST_TEXTS)
 
     labels = LabelSet(sorted(BOX_OBJECTS[:objects]))
     seen = set()
     splits = {}
-    for stream, (split, count) in enumerate({"test": n, "dev": dev, "train": train}.items()):
+    for stream, (split, count) in enumerate(counts.items()):
         rng = np.random.default_rng([seed, stream])
         stories = [_new_story(rng, seen, boxes, list(labels), moves) for _ in range(count)]
         splits[split] = _box_split(split, stories, labels)

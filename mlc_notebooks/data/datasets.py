@@ -28,6 +28,8 @@ def task_folder(name: str, variant: str = "") -> Path:
 # %% ../../nbs/data/08_datasets.ipynb #2789ca8a
 def _parse_name(name: str) -> tuple[str, str, dict]:
     "The name in `SOURCES`, the variant, and the options of the loader that the variant stands for."
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a task must be a string, got {name!r:.80}")
     if name in SOURCES:
         return name, "", {}
     base, _, variant = name.partition("-")
@@ -41,19 +43,23 @@ def _parse_name(name: str) -> tuple[str, str, dict]:
     )
 
 # %% ../../nbs/data/08_datasets.ipynb #c284a678
+def _where_to_get(source: Source, name: str, missing: str) -> str:
+    "The message about a file of a data set that is not there."
+    return (
+        f"{name} needs the file {missing}. Get it from {source.home} (licence: {source.licence}) "
+        f"and pass its folder, or set MLC_DATA to the folder that holds {source.folder}/"
+    )
+
+
 def _load(source: Source, name: str, folder: Path, options: dict) -> dict[str, AnnotatedTexts]:
     "All splits of a data set; a missing file is named with the place where to get it."
     try:
         return source.load(folder, **options)
     except FileNotFoundError as error:
         missing = error.filename or error.args[0]
-        raise FileNotFoundError(
-            f"{name} needs the file {missing}. Get it from {source.home} "
-            f"(licence: {source.licence}) and pass its folder, or set MLC_DATA to the folder "
-            f"that holds {source.folder}/"
-        ) from None
+        raise FileNotFoundError(_where_to_get(source, name, missing)) from None
 
-
+# %% ../../nbs/data/08_datasets.ipynb #bc235a08
 def load_task(
     name: str,  # in `SOURCES` or `GENERATORS`, or a variant such as "brighter-swe", "goemotions-27"
     split: str = "test",
@@ -65,7 +71,7 @@ def load_task(
     Raises `ValueError` for an unknown name or a folder given to a generated task, and
     `FileNotFoundError` naming the missing file and where to get it.
     """
-    if name in GENERATORS:
+    if isinstance(name, str) and name in GENERATORS:
         if folder:
             raise ValueError(
                 f"{name} is generated and reads no files: leave out folder={str(folder)!r}"
@@ -78,4 +84,9 @@ def load_task(
     splits = {}
     for key, texts in found.items():
         splits[key] = replace(texts, name=name, label_noun=source.label_noun)
-    return replace(splits["test"], splits=splits).split(split)
+    asked_for = replace(splits["test"], splits=splits).split(split)
+    if not len(asked_for):
+        raise ValueError(
+            f"{name}: the split {split!r} has no texts in {folder}: its file is cut off or damaged"
+        )
+    return asked_for

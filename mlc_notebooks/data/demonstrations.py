@@ -13,19 +13,40 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from .checks import check_number, check_whole
+from .inputs import check_listed
 from .prompts import UNREADABLE
 from .texts import AnnotatedTexts, text_key
 
 # %% ../../nbs/data/10_demonstrations.ipynb #939917da
+def _is_readable(text: str) -> bool:
+    "Whether a text has words and no unreadable character."
+    return bool(text.strip()) and not UNREADABLE.search(text)
+
+
 def _showable(pool: AnnotatedTexts, exclude: Sequence[str]) -> AnnotatedTexts:
     "The texts of the pool that may be shown: readable, and no duplicate of a text in `exclude`."
-    hidden = {text_key(text) for text in exclude}
+    hidden = {text_key(text) for text in check_listed("exclude", exclude)}
     keep = []
     for i, text in enumerate(pool.texts):
-        readable = text.strip() and not UNREADABLE.search(text)
-        if readable and text_key(text) not in hidden:
+        if _is_readable(text) and text_key(text) not in hidden:
             keep.append(i)
     return pool.select(keep)
+
+# %% ../../nbs/data/10_demonstrations.ipynb #d5b09ffd
+def _check_task(what: str, task: AnnotatedTexts) -> None:
+    "Raise `TypeError` for something else than a task."
+    if not isinstance(task, AnnotatedTexts):
+        raise TypeError(f"{what} is {task!r:.80}: give AnnotatedTexts, as load_task returns them")
+
+
+def _check_draw(pool: AnnotatedTexts, shots: int, seed: int, multi_share: float | None) -> None:
+    "Raise `ValueError` or `TypeError` for a draw that no pool could give."
+    _check_task("the pool", pool)
+    check_whole("shots", shots, least=0)
+    check_whole("seed", seed, least=0)
+    if multi_share is not None:
+        check_number("multi_share", multi_share, least=0, most=1)
 
 
 def _choose(
@@ -40,6 +61,25 @@ def _choose(
     return rng.choice(members, shots, replace=False)
 
 # %% ../../nbs/data/10_demonstrations.ipynb #6592d2c6
+def _choose_both_kinds(
+    rng: np.random.Generator,
+    pool: AnnotatedTexts,
+    gold: Sequence[tuple[str, ...]],
+    shots: int,
+    multi_share: float,
+) -> np.ndarray:
+    "Positions of `shots` texts, of which this share has several labels."
+    if shots > len(gold):
+        return _choose(rng, pool, np.arange(len(gold)), shots, "texts")  # raises
+    several = np.array([len(labels) > 1 for labels in gold], dtype=bool)
+    multi = round(shots * multi_share)
+    with_several = np.flatnonzero(several)
+    with_few = np.flatnonzero(~several)
+    first = _choose(rng, pool, with_several, multi, "texts with several labels")
+    second = _choose(rng, pool, with_few, shots - multi, "texts with at most one label")
+    return np.concatenate([first, second])
+
+# %% ../../nbs/data/10_demonstrations.ipynb #0828ff34
 def draw_demonstrations(
     pool: AnnotatedTexts,  # the train split
     shots: int = 10,
@@ -52,35 +92,24 @@ def draw_demonstrations(
     In a single-label task `multi_share` has no meaning and is ignored. Raises `ValueError` where
     the pool has too few texts of a kind.
     """
+    _check_draw(pool, shots, seed, multi_share)
     showable = _showable(pool, exclude)
     gold = showable.gold_sets()
     rng = np.random.default_rng(seed)
+    everything = np.arange(len(gold))
 
     if multi_share is None or not pool.labels.is_multi:
-        chosen = _choose(rng, pool, np.arange(len(gold)), shots, "texts")
+        chosen = _choose(rng, pool, everything, shots, "texts")
     else:
-        several = np.array([len(labels) > 1 for labels in gold], dtype=bool)
-        multi = round(shots * multi_share)
-        chosen = np.concatenate(
-            [
-                _choose(rng, pool, np.flatnonzero(several), multi, "texts with several labels"),
-                _choose(
-                    rng,
-                    pool,
-                    np.flatnonzero(~several),
-                    shots - multi,
-                    "texts with at most one label",
-                ),
-            ]
-        )
+        chosen = _choose_both_kinds(rng, pool, gold, shots, multi_share)
     order = rng.permutation(chosen)
     return [(showable.texts[i], gold[i]) for i in order]
 
 # %% ../../nbs/data/10_demonstrations.ipynb #a249a174
 def _check_shots(task: AnnotatedTexts, shots: int) -> None:
-    "Raise `ValueError` for a negative number of shots, or shots without a train split."
-    if shots < 0:
-        raise ValueError(f"shots is {shots}: give 0 or more")
+    "Raise `ValueError` for what is no number of shots, or shots without a train split."
+    _check_task("the task", task)
+    check_whole("shots", shots, least=0)
     if shots and task.pool is None:
         raise ValueError(
             f"{task.name} has no train split to draw {shots} demonstrations from: pass shots=0, "
@@ -101,16 +130,31 @@ def demonstrations_for(
     """
     _check_shots(task, shots)
     if shots == 0:
+        _check_draw(task, shots, seed, multi_share)
         return []
     return draw_demonstrations(task.pool, shots, seed, multi_share, exclude=task.texts)
 
 # %% ../../nbs/data/10_demonstrations.ipynb #8fa1ca5b
+def _check_shape(vectors: np.ndarray, texts: int) -> None:
+    "Raise `ValueError` where there is not one vector per text."
+    if vectors.ndim != 2 or len(vectors) != texts:
+        raise ValueError(
+            f"the encoder gives an array of shape {vectors.shape} for {texts} texts: "
+            "it must give one vector per text, (n, d)"
+        )
+
+
 def _unit_vectors(encoder: Callable, texts: Sequence[str]) -> np.ndarray:
     "Vectors of length 1, (n, d)."
     vectors = np.asarray(encoder(texts))
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    _check_shape(vectors, len(texts))
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    wrong = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
+    if len(wrong):
+        raise ValueError(f"the encoder gives no direction for the text {texts[wrong[0]]!r:.100}")
+    return vectors / lengths
 
-
+# %% ../../nbs/data/10_demonstrations.ipynb #29a02c87
 def similar_demonstrations(
     pool: AnnotatedTexts,
     texts: Sequence[str],
@@ -122,6 +166,8 @@ def similar_demonstrations(
     Near is what has a high cosine. Duplicates of any of the texts are left out. Raises
     `ValueError` where the pool has too few texts.
     """
+    texts = check_listed("texts", texts)
+    _check_draw(pool, shots, seed=0, multi_share=None)
     showable = _showable(pool, texts)
     if shots > len(showable):
         raise ValueError(

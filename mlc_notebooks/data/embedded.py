@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .labels import LabelSet
-from .sources import data_file, loader, read_text
+from .sources import loader, read_csv, read_text
 from .tables import join_annotators, texts_from_frame, votes_of_columns
 from .texts import AnnotatedTexts, text_key
 
@@ -30,12 +30,17 @@ GOEMOTIONS_GROUPS = {
 }
 
 
+def _group_of_emotion() -> dict[str, str]:
+    "The group that each emotion belongs to."
+    group_of = {}
+    for group, members in GOEMOTIONS_GROUPS.items():
+        group_of.update(dict.fromkeys(members.split(), group))
+    return group_of
+
+
 def _goemotions_labels(names: list[str], groups: bool) -> tuple[LabelSet, list[str | None]]:
     "The labels and, for each of the 28 columns, the label it counts for (neutral: None)."
-    group_of = {}
-    if groups:
-        for group, members in GOEMOTIONS_GROUPS.items():
-            group_of.update(dict.fromkeys(members.split(), group))
+    group_of = _group_of_emotion() if groups else {}
     target = [None if name == "neutral" else group_of.get(name, name) for name in names]
     return LabelSet(sorted({label for label in target if label})), target
 
@@ -44,8 +49,8 @@ def _goemotions_aggregated(
     folder: Path, split: str, labels: LabelSet, target: list[str | None]
 ) -> pd.DataFrame:
     "The items (id, text, votes) of one split, with one set of labels each."
-    path = data_file(folder, f"{split}.tsv")
-    rows = pd.read_csv(path, sep="\t", names=["text", "chosen", "id"], dtype=str)
+    columns = ["text", "chosen", "id"]
+    rows = read_csv(folder, f"{split}.tsv", sep="\t", names=columns, dtype=str)
     votes = []
     for cell in rows["chosen"]:
         chosen = [target[int(number)] for number in cell.split(",")]
@@ -57,8 +62,8 @@ def _goemotions_raters(
     folder: Path, labels: LabelSet, names: list[str], target: list[str | None]
 ) -> pd.DataFrame:
     "All items (id, text, votes) with every rater."
-    paths = [data_file(folder, f"goemotions_{part}.csv") for part in (1, 2, 3)]
-    rows = pd.concat(pd.read_csv(path, dtype={"id": str}) for path in paths)
+    files = [f"goemotions_{part}.csv" for part in (1, 2, 3)]
+    rows = pd.concat(read_csv(folder, name, dtype={"id": str}) for name in files)
     rows = rows[rows["example_very_unclear"].astype(str) != "True"]
     votes = []
     for values in rows[names].to_numpy():
@@ -108,9 +113,11 @@ _AFRIKAANS = {"happy": "joy", "sad": "sadness"}
 _EMOTIONS = ("anger", "disgust", "fear", "joy", "sadness", "surprise")
 
 
-def _brighter_annotators(path: Path, labels: LabelSet, threshold: int) -> dict[str, np.ndarray]:
+def _brighter_annotators(
+    folder: Path, name: str, labels: LabelSet, threshold: int
+) -> dict[str, np.ndarray]:
     "The annotations (annotators, L) of each text of one language, by the key of the text."
-    rows = pd.read_csv(path).rename(columns={"text_content": "text"})
+    rows = read_csv(folder, name).rename(columns={"text_content": "text"})
     people = [column for column in rows if column.lower().startswith("annotator")]
     emotion = rows["emotion"].str.lower().replace(_ROMANIAN | _AFRIKAANS)
     rows = rows.assign(emotion=emotion, key=rows["text"].map(text_key))
@@ -137,13 +144,13 @@ def load_brighter(
     """
     frames = {}
     for split in ("train", "dev", "test"):
-        frames[split] = pd.read_csv(data_file(folder, f"track_a/{split}/{language}.csv"))
+        frames[split] = read_csv(folder, f"track_a/{split}/{language}.csv")
     labels = LabelSet([emotion for emotion in _EMOTIONS if emotion in frames["train"]])
     individual = f"individual_labels/{language}/{language}_individuals.csv"
     if annotators is None:
         annotators = any((folder / f"{individual}{end}").exists() for end in ("", ".gz"))
     if annotators:
-        votes = _brighter_annotators(data_file(folder, individual), labels, threshold)
+        votes = _brighter_annotators(folder, individual, labels, threshold)
 
     splits = {}
     for split, frame in frames.items():
@@ -193,14 +200,17 @@ def _convabuse_votes(row: dict, labels: LabelSet) -> np.ndarray:
     return np.array(votes, np.uint8).reshape(-1, len(labels))
 
 # %% ../../nbs/data/05_embedded.ipynb #7c134fda
+_TURNS = {"prev_agent": "Agent", "prev_user": "User", "agent": "Agent", "user": "User"}
+
+
+def _has_words(cell: str | float) -> bool:
+    "Whether a cell of a table holds a text; an empty one is read as NaN."
+    return isinstance(cell, str) and bool(cell.strip())
+
+
 def _dialogue(row: dict) -> str:
     "The turns that there are, each after its speaker."
-    turns = {"prev_agent": "Agent", "prev_user": "User", "agent": "Agent", "user": "User"}
-    spoken = []
-    for column, who in turns.items():
-        said = row[column]
-        if isinstance(said, str) and said.strip():
-            spoken.append(f"{who}: {said}")
+    spoken = [f"{who}: {row[column]}" for column, who in _TURNS.items() if _has_words(row[column])]
     return " ".join(spoken)
 
 
@@ -215,7 +225,7 @@ def load_convabuse(
     labels = LabelSet(labels)
     splits = {}
     for split, part in {"train": "train", "dev": "valid", "test": "test"}.items():
-        rows = pd.read_csv(data_file(folder, f"ConvAbuseEMNLP{part}.csv"), dtype=str)
+        rows = read_csv(folder, f"ConvAbuseEMNLP{part}.csv", dtype=str)
         records = rows.to_dict("records")
         frame = pd.DataFrame({"id": rows["example_id"].str.removesuffix(".0")})
         frame["text"] = [_dialogue(row) for row in records]

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .inputs import check_listed, check_string
+
 # %% ../../nbs/data/00_labels.ipynb #2621ec50
 def surface_forms(label: str) -> list[str]:
     "The spellings that count as `label`: as given, and with a capital first letter."
@@ -29,13 +31,20 @@ def nfc(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 # %% ../../nbs/data/00_labels.ipynb #4255df07
-def _check_name(name: str):
-    if not isinstance(name, str):
-        raise TypeError(f"a label must be a string, got {name!r}")
+_LONGEST_LABEL = 1000  # characters
+_MOST_LABELS = 10_000
+
+
+def _check_spaces(name: str):
     if not name.strip():
         raise ValueError(f"a label is empty: {name!r}")
     if name != name.strip():
         raise ValueError(f"label {name!r} begins or ends with white space: strip it")
+
+
+def _check_name(name: str):
+    check_string("a label", name, _LONGEST_LABEL)
+    _check_spaces(name)
     if not name.isprintable():
         raise ValueError(
             f"label {name!r} holds a line break or another character that cannot be printed"
@@ -59,34 +68,53 @@ def _check_distinct(names: Iterable[str]):
             spelled[spelling] = name
 
 # %% ../../nbs/data/00_labels.ipynb #6d5603c0
-def _check_labels(names: tuple[str, ...], none: str | None):
-    "Raise `ValueError` or `TypeError` naming the label that cannot be used."
+def _check_none(names: tuple[str, ...], none: str):
+    "Raise `ValueError` naming a label that is called like the outcome `none`."
+    _check_name(none)
     for name in names:
-        _check_name(name)
-    if none is not None:
-        _check_name(none)
-        for name in names:
-            if _spellings(name) & _spellings(none):
-                raise ValueError(
-                    f"label {name!r} is called like the outcome {none!r} that says that no label "
-                    "applies: rename the label, or pass another `none=`"
-                )
-    _check_distinct(names)
-    fewest = 2 if none is None else 1
+        if _spellings(name) & _spellings(none):
+            raise ValueError(
+                f"label {name!r} is called like the outcome {none!r} that says that no label "
+                "applies: rename the label, or pass another `none=`"
+            )
+
+
+def _check_number(names: tuple[str, ...], fewest: int):
+    "Raise `ValueError` for fewer labels than that, or for too many."
     if len(names) < fewest:
         raise ValueError(
             f"{len(names)} label(s) {list(names)} leave nothing to decide: "
             "give at least one label beside `none`, or at least two without it"
         )
+    if len(names) > _MOST_LABELS:
+        raise ValueError(f"there are {len(names):,} labels: give at most {_MOST_LABELS:,}")
+
+
+def _check_labels(names: tuple[str, ...], none: str | None):
+    "Raise `ValueError` or `TypeError` naming the label that cannot be used."
+    _check_number(names, fewest=2 if none is None else 1)
+    for name in names:
+        _check_name(name)
+    if none is not None:
+        _check_none(names, none)
+    _check_distinct(names)
 
 # %% ../../nbs/data/00_labels.ipynb #fa96b53e
 def _unknown_label(name, names: tuple[str, ...]) -> str:
     "The message about a label that does not exist, with the nearest one that does."
-    near = difflib.get_close_matches(str(name), names, 1)
+    near = difflib.get_close_matches(str(name)[:100], names, 1)
     hint = f", did you mean {near[0]!r}?" if near else ""
-    return f"{name!r} is not one of the labels {list(names)}{hint}"
+    return f"{name!r:.100} is not one of the labels {list(names)}{hint}"
 
 # %% ../../nbs/data/00_labels.ipynb #426a64ff
+def _zeros_and_ones(vector: Iterable[int], length: int) -> np.ndarray:
+    "The vector; raises `ValueError` for other values than 0 and 1, or another length."
+    vector = np.asarray(vector)
+    if vector.shape != (length,) or not ((vector == 0) | (vector == 1)).all():
+        raise ValueError(f"{vector!r:.100} is no vector of {length} zeros and ones")
+    return vector
+
+# %% ../../nbs/data/00_labels.ipynb #58d990c4
 @dataclass(frozen=True)
 class LabelSet:
     """L label names in a fixed order, and the outcome `none`.
@@ -99,9 +127,7 @@ class LabelSet:
     none: str | None = "none"  # says that no label applies; None: exactly one label applies
 
     def __post_init__(self):
-        if isinstance(self.names, str):
-            raise TypeError(f"labels must be a list of names, got the string {self.names!r}")
-        object.__setattr__(self, "names", tuple(self.names))
+        object.__setattr__(self, "names", check_listed("labels", self.names))
         _check_labels(self.names, self.none)
 
     @property
@@ -128,19 +154,24 @@ class LabelSet:
 
     def vector(self, labels: Iterable[str]) -> np.ndarray:
         "0/1 vector (L,) of a collection of labels; `none` alone gives zeros."
+        if isinstance(labels, str):
+            raise TypeError(f"the labels are one string, {labels!r:.100}: give a list of names")
         vector = np.zeros(len(self), dtype=np.uint8)
-        for label in labels:
-            if self.none is None or label != self.none:
-                vector[self.index(label)] = 1
+        columns = [self.index(label) for label in labels if not self._says_none(label)]
+        vector[columns] = 1
         return vector
+
+    def _says_none(self, label: str) -> bool:
+        return self.none is not None and label == self.none
 
     def chosen(self, vector: Iterable[int]) -> tuple[str, ...]:
         "The labels whose entry in a 0/1 vector (L,) is set, in label order."
-        return tuple(name for name, value in zip(self.names, vector, strict=True) if value)
+        vector = _zeros_and_ones(vector, len(self))
+        return tuple(name for name, value in zip(self.names, vector) if value)
 
     def reorder(self, names: Iterable[str]) -> "LabelSet":
         "The same labels in another order; raises `ValueError` for other labels."
-        names = tuple(names)
-        if sorted(names) != sorted(self.names):
+        names = check_listed("labels", names)
+        if sorted(names, key=str) != sorted(self.names):
             raise ValueError(f"{list(names)} is no reordering of {list(self.names)}")
         return LabelSet(names, self.none)

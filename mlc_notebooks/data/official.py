@@ -18,7 +18,7 @@ import pandas as pd
 import yaml
 
 from .labels import LabelSet
-from .sources import data_file, loader, read_text
+from .sources import loader, read_csv, read_json, read_text
 from mlc_notebooks.data.tables import (
     join_annotators,
     stack_votes,
@@ -44,7 +44,7 @@ def _split_of(item: str) -> str:
 )
 def load_crowdtruth(folder: Path) -> dict[str, AnnotatedTexts]:
     "The splits of CrowdTruth's relations by name, from annotations.csv."
-    rows = pd.read_csv(data_file(folder, "annotations.csv"), dtype=str)
+    rows = read_csv(folder, "annotations.csv", dtype=str)
     chosen = rows["relations"].fillna("").str.split()
     labels = LabelSet(sorted({name for names in chosen for name in names}))
     rows["votes"] = [labels.vector(names)[None] for names in chosen]
@@ -75,7 +75,7 @@ def _foundations(cell: str) -> set[str] | None:
 def load_mfrc(folder: Path) -> dict[str, AnnotatedTexts]:
     "The splits of MFRC by name, from final_mfrc_data.csv and splits.yaml."
     labels = LabelSet(_FOUNDATIONS)
-    rows = pd.read_csv(data_file(folder, "final_mfrc_data.csv"))
+    rows = read_csv(folder, "final_mfrc_data.csv")
     rows["chosen"] = [_foundations(cell) for cell in rows["annotation"]]
     rows = rows.dropna(subset="chosen")
     rows["votes"] = [labels.vector(chosen)[None] for chosen in rows["chosen"]]
@@ -101,8 +101,8 @@ def load_semeval2018(folder: Path) -> dict[str, AnnotatedTexts]:
     "The splits of SemEval-2018 E-c by name, from English/E-c/2018-E-c-En-*.txt."
     splits = {}
     for split, part in {"train": "train", "dev": "dev", "test": "test-gold"}.items():
-        path = data_file(folder, f"English/E-c/2018-E-c-En-{part}.txt")
-        rows = pd.read_csv(path, sep="\t", quoting=3).rename(columns={"ID": "id", "Tweet": "text"})
+        rows = read_csv(folder, f"English/E-c/2018-E-c-En-{part}.txt", sep="\t", quoting=3)
+        rows = rows.rename(columns={"ID": "id", "Tweet": "text"})
         labels = LabelSet([column for column in rows if column not in ("id", "text")])
         rows["votes"] = votes_of_columns(rows, labels)
         splits[split] = texts_from_frame("semeval2018", rows, labels, aggregated=True)
@@ -153,7 +153,7 @@ def load_boxes(folder: Path, moved_contents: bool = False) -> dict[str, Annotate
     parts = {"train": "train-subset", "dev": "dev", "test": "test-subsample-states"}
     splits = {}
     for split, part in parts.items():
-        rows = pd.read_json(data_file(root, f"{part}-t5.jsonl"), lines=True)
+        rows = read_json(root, f"{part}-t5.jsonl", lines=True)
         splits[split] = texts_from_frame("boxes", _box_items(rows, labels), labels, aggregated=True)
     return splits
 
@@ -203,7 +203,7 @@ def load_msp_podcast(folder: Path, several: bool = True) -> dict[str, AnnotatedT
 
     Reads Labels/labels_detailed.csv, Labels/labels_consensus.csv and transcripts.csv.
     """
-    rows = pd.read_csv(data_file(folder, "Labels/labels_detailed.csv"), index_col=0)
+    rows = read_csv(folder, "Labels/labels_detailed.csv", index_col=0)
     cells = rows["EmoDetail"].str.split(";")
     chosen = cells.str[2 if several else 1].map(_before_other)
     labels = _msp_labels(chosen, several)
@@ -212,9 +212,9 @@ def load_msp_podcast(folder: Path, several: bool = True) -> dict[str, AnnotatedT
     known = chosen.map(lambda names: [name for name in names if name in labels])
     votes = known.map(lambda names: labels.vector(names)[None])
 
-    items = pd.read_csv(data_file(folder, "Labels/labels_consensus.csv"))
+    items = read_csv(folder, "Labels/labels_consensus.csv")
     items = items[["FileName", "Split_Set"]].rename(columns={"FileName": "id"})
-    spoken = pd.read_csv(data_file(folder, "transcripts.csv"), dtype=str)
+    spoken = read_csv(folder, "transcripts.csv", dtype=str)
     spoken = spoken.set_index("id")["text"]
     items["text"] = items["id"].str.removesuffix(".wav").map(spoken)
     items["votes"] = items["id"].map(votes.groupby(level=0).agg(stack_votes))

@@ -15,11 +15,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .answers import AnswerFormat, answer_format
+from .inputs import check_listed, check_string
 from .labels import LabelSet
 
 # %% ../../nbs/data/09_prompts.ipynb #c07caa77
+_LONGEST_TEXT = 10_000_000  # characters
+
+
 def fold_lines(text: str) -> str:
     "`text` on one line: every run of line breaks becomes one space."
+    check_string("a text", text, most=_LONGEST_TEXT)
     return " ".join(part.strip() for part in text.splitlines() if part.strip())
 
 
@@ -34,6 +39,8 @@ UNREADABLE = re.compile("[\0\ud800-\udfff]")  # NUL, and half of a surrogate pai
 def check_texts(ids: Iterable[str], texts: Iterable[str]) -> None:
     "Raise `ValueError` naming the first item whose text is empty or unreadable."
     for item, text in zip(ids, texts, strict=True):
+        if not isinstance(text, str):
+            raise TypeError(f"the text of item {item!r} must be a string, got {text!r:.80}")
         if not text.strip():
             raise ValueError(f"the text of item {item!r} is empty: drop the item")
         broken = UNREADABLE.search(text)
@@ -46,22 +53,35 @@ def check_texts(ids: Iterable[str], texts: Iterable[str]) -> None:
             )
 
 # %% ../../nbs/data/09_prompts.ipynb #a18a9000
+_LONGEST = {"instruction": 200_000, "item": 200_000, "before_answer": 1000}  # characters
+
+
+def _check_item(item: str):
+    "Raise `ValueError` for an item without one place for the text, or with white space at its end."
+    if item.count("{text}") != 1:
+        raise ValueError(f"the item {item!r:.200} must contain {{text}} once")
+    if item != item.rstrip():
+        raise ValueError(
+            f"the item {item!r:.200} ends with white space, which would be tokenised apart from "
+            "the answer: put it in before_answer"
+        )
+
+
 @dataclass(frozen=True)
 class Template:
-    "The wording of a question. Raises `ValueError` where `item` has no place for the text."
+    """The wording of a question.
+
+    Raises `ValueError` where `item` has no place for the text, or a part is too long.
+    """
 
     instruction: str  # may use {labels} and {label_noun}; ends with a newline
     item: str  # uses {text}; unary also {label}, binary {first} and {second}
     before_answer: str = "\n"  # between an item and its answer
 
     def __post_init__(self):
-        if self.item.count("{text}") != 1:
-            raise ValueError(f"the item {self.item!r} must contain {{text}} once")
-        if self.item != self.item.rstrip():
-            raise ValueError(
-                f"the item {self.item!r} ends with white space, which would be tokenised apart "
-                "from the answer: put it in before_answer"
-            )
+        for name, most in _LONGEST.items():
+            check_string(name, getattr(self, name), most)
+        _check_item(self.item)
 
 
 def name_labels(names: Sequence[str]) -> str:
@@ -125,20 +145,57 @@ class Prompt:
 # %% ../../nbs/data/09_prompts.ipynb #4527c773
 def _instruction(template: Template, names: Sequence[str], label_noun: str) -> str:
     "The instruction of a prompt about these labels."
+    check_string("label_noun", label_noun, most=1000)
     return fill(template.instruction, labels=name_labels(names), label_noun=label_noun)
 
 
+def _has_size(row: object, size: int) -> bool:
+    "Whether this is a tuple or a list of so many entries."
+    return isinstance(row, (tuple, list)) and len(row) == size
+
+
+def _check_pair(pair: tuple[str, Sequence[str]]) -> tuple[str, Sequence[str]]:
+    "A demonstration, (text, list of labels); raises `ValueError` or `TypeError` for another thing."
+    if not _has_size(pair, 2):
+        raise ValueError(f"a demonstration is {pair!r:.100}: give a pair (text, list of labels)")
+    text, chosen = pair
+    check_texts([f"demonstration {text!r:.40}"], [text])
+    return text, check_listed("the labels of a demonstration", chosen)
+
+# %% ../../nbs/data/09_prompts.ipynb #d92f4f6d
 def _shown_in_lists(
     demonstrations: Sequence, labels: LabelSet, fmt: AnswerFormat, template: Template
 ) -> tuple[tuple[str, str], ...]:
     "Demonstrations as they stand in a prompt: (item, answer)."
     shown = []
-    for text, chosen in demonstrations:
+    for pair in demonstrations:
+        text, chosen = _check_pair(pair)
         item = fill(template.item, text=fold_lines(text))
         shown.append((item, fmt.render(chosen, labels)))
     return tuple(shown)
 
 
+def _is_for_all(demonstrations: Sequence) -> bool:
+    "Whether these are pairs (text, labels), and not one list of pairs per text."
+    if not demonstrations:
+        return True
+    first = demonstrations[0]
+    return isinstance(first, (tuple, list)) and bool(first) and isinstance(first[0], str)
+
+
+def _shown_to_each(
+    texts: int, demonstrations: Sequence, labels: LabelSet, fmt: AnswerFormat, template: Template
+) -> list[tuple[tuple[str, str], ...]]:
+    "What is shown before each of so many texts."
+    demonstrations = check_listed("demonstrations", demonstrations)
+    if _is_for_all(demonstrations):
+        return [_shown_in_lists(demonstrations, labels, fmt, template)] * texts
+    if len(demonstrations) != texts:
+        raise ValueError(f"{len(demonstrations)} lists of demonstrations for {texts} texts")
+    lists = [check_listed("the demonstrations of a text", own) for own in demonstrations]
+    return [_shown_in_lists(own, labels, fmt, template) for own in lists]
+
+# %% ../../nbs/data/09_prompts.ipynb #ff552f10
 def list_prompts(
     texts: Sequence[str],  # to ask about
     labels: LabelSet,
@@ -154,17 +211,20 @@ def list_prompts(
         template = LIST_TEMPLATE if labels.is_multi else SINGLE_TEMPLATE
     instruction = _instruction(template, labels.names, label_noun)
 
-    pairs = list(demonstrations)
-    if not pairs or (pairs[0] and isinstance(pairs[0][0], str)):  # the same for all
-        shown = [_shown_in_lists(pairs, labels, fmt, template)] * len(texts)
-    elif len(pairs) == len(texts):
-        shown = [_shown_in_lists(own, labels, fmt, template) for own in pairs]
-    else:
-        raise ValueError(f"{len(pairs)} lists of demonstrations for {len(texts)} texts")
+    texts = check_listed("texts", texts)
+    shown = _shown_to_each(len(texts), demonstrations, labels, fmt, template)
     items = [fill(template.item, text=fold_lines(text)) for text in texts]
     return [Prompt(instruction, *each, template.before_answer) for each in zip(shown, items)]
 
 # %% ../../nbs/data/09_prompts.ipynb #2d72191f
+def _check_size(rows: Sequence[tuple], size: int, what: str) -> Sequence[tuple]:
+    "The rows; raises `ValueError` naming the first one that has not so many entries."
+    for row in check_listed("the list of pairs or demonstrations", rows):
+        if not _has_size(row, size):
+            raise ValueError(f"{what} is {row!r:.100}: give {size} strings")
+    return rows
+
+
 def unary_prompts(
     text: str,
     labels: LabelSet,
@@ -176,7 +236,7 @@ def unary_prompts(
     instruction = _instruction(template, labels.outcomes, label_noun)
 
     shown = []
-    for shown_text, outcome, answer in demonstrations:
+    for shown_text, outcome, answer in _check_size(demonstrations, 3, "a demonstration"):
         item = fill(template.item, text=fold_lines(shown_text), label=outcome)
         shown.append((item, answer))
 
@@ -195,12 +255,12 @@ def binary_prompts(
     instruction = fill(template.instruction, label_noun=label_noun)
 
     shown = []
-    for shown_text, first, second, answer in demonstrations:
+    for shown_text, first, second, answer in _check_size(demonstrations, 4, "a demonstration"):
         item = fill(template.item, text=fold_lines(shown_text), first=first, second=second)
         shown.append((item, answer))
 
     prompts = []
-    for first, second in pairs:
+    for first, second in _check_size(pairs, 2, "a pair"):
         item = fill(template.item, text=fold_lines(text), first=first, second=second)
         prompts.append(Prompt(instruction, tuple(shown), item, template.before_answer))
     return prompts

@@ -11,6 +11,8 @@ __all__ = ['agreement_of', 'label_cells', 'even_counts', 'draw_from_cells']
 import numpy as np
 import pandas as pd
 
+from .checks import check_whole
+
 # %% ../../nbs/data/01b_sampling.ipynb #962d0a15
 def agreement_of(votes: np.ndarray) -> tuple[float, float]:
     """Whether all annotators gave the same set (1.0 or 0.0), and the mean Jaccard of their sets.
@@ -37,9 +39,9 @@ def label_cells(majority: pd.DataFrame, unanimous: pd.Series) -> pd.Series:
 # %% ../../nbs/data/01b_sampling.ipynb #3729def1
 def even_counts(sizes: dict[str, int], n: int) -> dict[str, int]:
     "How many items to take from each cell: as even as the sizes allow, n in all."
+    left = check_whole("n", n, least=0)
     counts = dict.fromkeys(sizes, 0)
-    unfilled = [cell for cell in sizes if sizes[cell]]
-    left = n
+    unfilled = [cell for cell in sizes if check_whole(f"size of {cell!r}", sizes[cell], least=0)]
     while left and unfilled:
         share, extra = divmod(left, len(unfilled))
         for position, cell in enumerate(unfilled):
@@ -53,7 +55,7 @@ def even_counts(sizes: dict[str, int], n: int) -> dict[str, int]:
 # %% ../../nbs/data/01b_sampling.ipynb #7402baa2
 def draw_from_cells(cells: pd.Series, n: int, seed: int) -> tuple[np.ndarray, dict[str, int]]:
     "The positions drawn, in order, and how many come from each cell; the same for the same seed."
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(check_whole("seed", seed, least=0))
     members = {}
     for cell, positions in sorted(cells.groupby(cells).groups.items()):
         members[cell] = rng.permutation(positions)

@@ -19,5 +19,6 @@ from .lm import load_lm as load_lm
 from .tokens import AnswerTokens as AnswerTokens
 from .tokens import Form as Form
 from .tokens import continuations as continuations
+from .tokens import encode_continuation as encode_continuation
 from .encoders import load_encoder as load_encoder
 from .encoders import sentence_encoder as sentence_encoder

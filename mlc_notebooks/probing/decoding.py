@@ -8,17 +8,18 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/probing/decoding.html.md"""
 __all__ = ['NEAR_TIE', 'Decoded', 'free_decoder', 'guided_decoder']
 
 # %% ../../nbs/probing/01_decoding.ipynb #d834c602
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..data.answers import Entry, list_is_over, parse_answer
+from ..data.reasoning import is_reasoning_token, opens_reasoning
 from ..engine.drafts import NgramDrafter
 from ..engine.scheduler import Prediction, Request, token_chain
 from ..engine.tree import Node
 from ..models.lm import LM
-from ..models.tokens import AnswerTokens, Form, continuations
+from ..models.tokens import AnswerTokens, Form, continuations, encode_continuation
 from .reading import Step, StepReader
 
 # %% ../../nbs/probing/01_decoding.ipynb #04193b59
@@ -40,6 +41,37 @@ class Decoded:
 # %% ../../nbs/probing/01_decoding.ipynb #2769e356
 NEAR_TIE = 1e-3  # top two log-probabilities closer than this may swap places between batches
 
+# %% ../../nbs/probing/01_decoding.ipynb #d819c931
+def _text_decoder(lm: LM) -> Callable[[Sequence[int]], str]:
+    "A function from ids to their text, in which special tokens that mark reasoning are kept."
+    added = lm.tokenizer.added_tokens_decoder.items()
+    marks = {
+        i: str(token) for i, token in added if token.special and is_reasoning_token(str(token))
+    }
+    if not marks:
+        return lm.decode
+
+    def decode(ids: Sequence[int]) -> str:
+        text = ""
+        plain = []
+        for token in ids:
+            if token in marks:
+                text += lm.decode(plain) + marks[token]
+                plain = []
+            else:
+                plain.append(token)
+        return text + lm.decode(plain)
+
+    return decode
+
+
+_PROMPT_END = 32  # tokens among which an opening mark would be
+
+
+def _begins_in_reasoning(answer_tokens: AnswerTokens, decode: Callable, start: Node) -> bool:
+    "Whether the prompt is a chat whose template has opened the reasoning."
+    return not answer_tokens.before and opens_reasoning(decode(start.path()[-_PROMPT_END:]))
+
 # %% ../../nbs/probing/01_decoding.ipynb #4af884ff
 @dataclass
 class _Greedy:
@@ -49,15 +81,29 @@ class _Greedy:
     text: str
     predictions: list[Prediction]  # after the prompt, then after each token that was fed
     near_tie: bool
+    decode: Callable  # ids to text
+    thinking: bool  # whether the prompt ends within reasoning
 
 
+def _is_over(found: _Greedy, answer_tokens: AnswerTokens) -> bool:
+    return list_is_over(
+        found.text,
+        answer_tokens.labels,
+        answer_tokens.fmt,
+        newline=answer_tokens.before.startswith("\n"),
+        thinking=found.thinking,
+    )
+
+# %% ../../nbs/probing/01_decoding.ipynb #d8b3a860
 def _write_greedily(
     lm: LM, answer_tokens: AnswerTokens, limit: int, start: Node, drafts: NgramDrafter
 ) -> Generator[Request, list[Prediction], _Greedy]:
     "The greedy answer of at most `limit` tokens, up to the end of its list."
     drafted = drafts.guess([], limit)
     first, *ahead = yield Request([start, *token_chain(start, drafted)])
-    found = _Greedy([], "", [first], False)
+    decode = _text_decoder(lm)
+    thinking = _begins_in_reasoning(answer_tokens, decode, start)
+    found = _Greedy([], "", [first], False, decode, thinking)
 
     while len(found.ids) < limit:
         latest = found.predictions[-1]
@@ -65,8 +111,8 @@ def _write_greedily(
             break
         found.near_tie |= latest.margin < NEAR_TIE
         found.ids.append(latest.best)
-        found.text = lm.decode(found.ids)
-        if _is_over(found.text, answer_tokens):
+        found.text = decode(found.ids)
+        if _is_over(found, answer_tokens):
             break
 
         if not ahead or drafted[0] != latest.best:  # the draft is used up, or wrong from here on
@@ -77,19 +123,13 @@ def _write_greedily(
         drafted = drafted[1:]
     return found
 
-
-def _is_over(text: str, answer_tokens: AnswerTokens) -> bool:
-    return list_is_over(
-        text, answer_tokens.labels, answer_tokens.fmt, answer_tokens.before.startswith("\n")
-    )
-
 # %% ../../nbs/probing/01_decoding.ipynb #02e04ce5
-def _token_boundaries(lm: LM, ids: Sequence[int], text: str) -> dict[int, int]:
+def _token_boundaries(found: _Greedy) -> dict[int, int]:
     "How many tokens spell each beginning of the text: number of characters -> number of tokens."
     boundaries = {}
-    for count in range(len(ids), -1, -1):  # of several counts the smallest one stays
-        beginning = lm.decode(ids[:count])
-        if text.startswith(beginning):  # not so where a token ends within a character
+    for count in range(len(found.ids), -1, -1):  # of several counts the smallest one stays
+        beginning = found.decode(found.ids[:count])
+        if found.text.startswith(beginning):  # not so where a token ends within a character
             boundaries[len(beginning)] = count
     return boundaries
 
@@ -108,10 +148,16 @@ def _free_step(
     if entry.start in boundaries:
         before = found.predictions[boundaries[entry.start]]
         return Step(position, before.node, before.logprobs, written, after, flags)
-    context = Node(start, lm.encode_text(found.text[: entry.start]))
+    context = Node(start, encode_continuation(lm, found.text[: entry.start]))
     return Step(position, context, None, written, after, flags | {"misaligned"})
 
 # %% ../../nbs/probing/01_decoding.ipynb #49805fef
+def _forced_step(answer_tokens: AnswerTokens, start: Node) -> Step:
+    "Step 1 of an answer without an entry, read where a list would begin."
+    context = Node(start, answer_tokens.opening) if answer_tokens.opening else start
+    return Step(0, context, None, None, flags={"forced"})
+
+
 def free_decoder(
     lm: LM,
     answer_tokens: AnswerTokens,
@@ -122,15 +168,15 @@ def free_decoder(
     "A generator that returns the greedy, unconstrained answer; its steps are found by the parser."
     found = yield from _write_greedily(lm, answer_tokens, limit, start, drafts)
     drafts.learn(found.ids)
-
     parsed = parse_answer(
         found.text,
         answer_tokens.labels,
         answer_tokens.fmt,
         finished=len(found.ids) < limit,
         newline=answer_tokens.before.startswith("\n"),
+        thinking=found.thinking,
     )
-    boundaries = _token_boundaries(lm, found.ids, found.text)
+    boundaries = _token_boundaries(found)
     steps = [
         _free_step(lm, entry, position, found, boundaries, start)
         for position, entry in enumerate(parsed.entries)
@@ -141,8 +187,7 @@ def free_decoder(
         flags.add("near_tie")
     if not steps:
         flags.add("forced")
-        context = Node(start, answer_tokens.opening) if answer_tokens.opening else start
-        steps = [Step(0, context, None, None, flags={"forced"})]
+        steps = [_forced_step(answer_tokens, start)]
     return Decoded(found.text, steps, flags, parsed.outcomes, start)
 
 # %% ../../nbs/probing/01_decoding.ipynb #1abc5900
@@ -203,7 +248,7 @@ def _choose_to_go_on(
 
     (after,) = yield Request([Node(after.node, [tokens.bare])])
     choice, close = _likeliest(after, [*tokens.bare_go, *tokens.bare_stop], reader)
-    rest = lm.encode_text(tokens.fmt.separator[1:])
+    rest = encode_continuation(lm, tokens.fmt.separator[1:])
     return rest if choice in tokens.bare_go else None, after, near_tie | close
 
 # %% ../../nbs/probing/01_decoding.ipynb #6ec8ea46
