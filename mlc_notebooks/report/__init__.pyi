@@ -1,4 +1,5 @@
 from . import drawing as drawing
+from . import fonts as fonts
 from . import plots_steps as plots_steps
 from . import plots_order as plots_order
 from . import plots_internals as plots_internals
@@ -9,6 +10,7 @@ from . import cli as cli
 from .drawing import OTHER as OTHER
 from .drawing import WRITTEN as WRITTEN
 from .drawing import add_caption as add_caption
+from .drawing import add_note as add_note
 from .drawing import count_ticks as count_ticks
 from .drawing import draw_intervals as draw_intervals
 from .drawing import example_id as example_id
@@ -18,6 +20,12 @@ from .drawing import interval_lengths as interval_lengths
 from .drawing import n_range as n_range
 from .drawing import name_prefix as name_prefix
 from .drawing import new_axes as new_axes
+from .drawing import say_by_group as say_by_group
+from .fonts import fonts_for as fonts_for
+from .fonts import fonts_to_install as fonts_to_install
+from .fonts import plain_texts as plain_texts
+from .fonts import set_plainly as set_plainly
+from .fonts import with_codes as with_codes
 from .plots_steps import plot_intermediate_last as plot_intermediate_last
 from .plots_steps import plot_sorted_profile as plot_sorted_profile
 from .plots_steps import plot_steps as plot_steps
