@@ -1,6 +1,7 @@
 from . import labels as labels
 from . import checks as checks
 from . import files as files
+from . import markup as markup
 from . import answers as answers
 from . import sampling as sampling
 from . import texts as texts
@@ -21,6 +22,9 @@ from .checks import check_whole as check_whole
 from .files import claimed as claimed
 from .files import safe_name as safe_name
 from .files import write_whole as write_whole
+from .markup import fill_html as fill_html
+from .markup import html_part as html_part
+from .markup import html_table as html_table
 from .answers import AnswerFormat as AnswerFormat
 from .answers import Entry as Entry
 from .answers import FLAGS as FLAGS

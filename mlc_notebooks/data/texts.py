@@ -9,7 +9,6 @@ __all__ = ['majority_of_shares', 'AnnotatedTexts', 'unannotated', 'reorder_label
            'without_other_splits', 'training_data']
 
 # %% ../../nbs/data/02_texts.ipynb #95a8b4d9
-import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -17,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .labels import LabelSet
+from .markup import html_part, html_table
 from .sampling import agreement_of, draw_from_cells, label_cells
 
 # %% ../../nbs/data/02_texts.ipynb #301e7825
@@ -169,8 +169,9 @@ def _page(task: "AnnotatedTexts") -> str:
     sets = [_set_in_words(votes, task.labels) for votes in some.annotations]
     rows = pd.DataFrame({"text": some.texts, "labels": sets}, pd.Index(some.ids, name="id"))
     with pd.option_context("display.max_colwidth", 100):
-        tables = counts.to_html(max_cols=20) + rows.to_html()  # texts are escaped
-    return f"<p>{html.escape(_summary(task))}</p>{tables}"
+        tables = [html_table(counts, max_cols=20), html_table(rows)]
+    template = "<p>{{ summary }}</p>{{ tables[0] }}{{ tables[1] }}"
+    return html_part(template, summary=_summary(task), tables=tables)
 
 # %% ../../nbs/data/02_texts.ipynb #2271c36c
 def _draw(task: "AnnotatedTexts", n: int, seed: int, kind: str) -> tuple[np.ndarray, dict]:

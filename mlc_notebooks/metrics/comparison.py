@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from ..data.markup import html_part, html_table
 from ..data.texts import AnnotatedTexts
 from .alignment import EPS, item_metrics, marginals_and_shares, metric_table
 from .baselines import constant_marginals, prior_marginals
@@ -45,7 +46,8 @@ class AlignReport(pd.DataFrame):
         return f"{self.table().to_string()}\n{self.note}"
 
     def _repr_html_(self):
-        return f"{self.table().to_html()}<p>{self.note}</p>"
+        table = html_table(self.table())
+        return html_part("{{ table }}<p>{{ note }}</p>", table=table, note=self.note)
 
 # %% ../../nbs/metrics/07_comparison.ipynb #bb0bf9a5
 def _check_same_items(methods: dict[str, pd.DataFrame]):
