@@ -59,6 +59,7 @@ from .exits import ISSUES as ISSUES
 from .exits import LINE_LENGTH as LINE_LENGTH
 from .exits import exit_code_of as exit_code_of
 from .exits import in_options as in_options
+from .exits import named as named
 from .exits import one_line as one_line
 from .exits import run_command as run_command
 from .options import DTYPES as DTYPES

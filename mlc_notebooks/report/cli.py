@@ -16,21 +16,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..models.fetch import WHEEL_MODELS
-from .exits import run_command
+from .exits import named, run_command
 from .options import Parser, add_asking, add_out, add_texts, some_text
 
 # %% ../../nbs/report/07_cli.ipynb #feb3273f
-def _is_file(given: str) -> bool:
+def _exists(given: str) -> bool:
     "Whether there is a file of this name; a list of labels may be longer than a name can be."
     try:
-        return Path(given).is_file()
+        return Path(given).exists()
     except OSError:
         return False
 
 
 def _file_labels(given: str | None) -> str | list[str] | None:
     "Label names from a comma-separated list; a file with one name per line is handed on."
-    if given is None or _is_file(given):
+    if given is None:
+        return None
+    if _exists(given):
+        if Path(given).is_dir():
+            raise ValueError(f"--labels {given} is a folder: give a file of labels")
         return given
     if "," not in given and Path(given).suffix:
         raise FileNotFoundError(f"there is no file of labels {given} (--labels)")
@@ -41,7 +45,9 @@ def _file_task(args: argparse.Namespace):
     "The texts of a file: all of them, or a sample where the command line asks for one."
     from mlc_notebooks.data.tables import load_table
 
-    task = load_table(args.file, _file_labels(args.labels), text=args.text)
+    labels = _file_labels(args.labels)
+    with named("--file", args.file):
+        task = load_table(args.file, labels, text=args.text)
     if args.n is None and args.sample is None:
         return task
     return _sample(task, args.n or len(task), args, "random")
@@ -149,12 +155,19 @@ def _add_answering(how) -> None:
     add("--long-text", choices=("error", "truncate"), default="error", help=too_long)
 
 # %% ../../nbs/report/07_cli.ipynb #e39b740c
+def _load_model(args: argparse.Namespace):
+    "The model that the command line names."
+    from mlc_notebooks.models.lm import load_lm
+
+    with named("--model", args.model, RuntimeError):
+        return load_lm(args.model, dtype=args.dtype)
+
+
 def _probe(args: argparse.Namespace, tasks: list, folders: dict[str, str], kept: Path) -> dict:
     "A trace of each task by its name; finished batches are kept in a folder of each."
-    from mlc_notebooks.models.lm import load_lm
     from mlc_notebooks.probing.steps import probe_steps
 
-    lm = load_lm(args.model, dtype=args.dtype)
+    lm = _load_model(args)
     how = dict(decoding=args.decoding, reading=args.reading, fmt=args.format, chat=args.chat)
     how |= dict(long_text=args.long_text, seed=args.seed)
     traces = {}
@@ -163,7 +176,7 @@ def _probe(args: argparse.Namespace, tasks: list, folders: dict[str, str], kept:
         traces[task.name] = probe_steps(lm, task, args.shots, folder=folder, **how)
     return traces
 
-
+# %% ../../nbs/report/07_cli.ipynb #ccddb1a6
 def _probe_and_report(args: argparse.Namespace) -> None:
     "Probe, write the report and print its summary, as the command line says."
     tasks = _tasks(args, ["goemotions", "brighter-eng"], 64, "main")
@@ -247,7 +260,7 @@ def _save_alignment(out: Path, marginals: dict, report) -> None:
     write_whole(out / "scores.parquet", tidy.to_parquet(index=False))
     write_whole(out / "alignment.png", png_of(plot_alignment(report)))
 
-
+# %% ../../nbs/report/07_cli.ipynb #98111dad
 def _align_and_save(args: argparse.Namespace) -> None:
     "Ask, compare with annotators, save and print the table, as the command line says."
     task = _annotated_task(args)
@@ -256,9 +269,8 @@ def _align_and_save(args: argparse.Namespace) -> None:
 
     from mlc_notebooks.alignment.methods import zero_shot
     from mlc_notebooks.metrics.comparison import align_report
-    from mlc_notebooks.models.lm import load_lm
 
-    lm = load_lm(args.model, dtype=args.dtype)
+    lm = _load_model(args)
     with _kept_batches(args) as folder:
         marginals = zero_shot(lm, task, names, args.shots, args.seed, folder=folder)
         report = align_report(marginals, task)

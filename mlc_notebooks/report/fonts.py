@@ -196,6 +196,9 @@ def _without_formulas() -> Iterator[None]:
     "While this lasts, new texts are no formulas, and missing characters are not warned of."
     with mpl.rc_context(_NO_FORMULAS), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # `set_plainly` finds a font
+        warnings.filterwarnings(
+            "ignore", "Tight layout not applied"
+        )  # to labels of a line's length
         yield
 
 
