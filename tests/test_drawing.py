@@ -202,7 +202,7 @@ def add_font(path, family: str, characters: str):
     font.setupGlyphOrder(names)
     font.setupCharacterMap({ord(c): f"g{n}" for n, c in enumerate(characters)})
     font.setupGlyf({name: pen.glyph() for name in names})
-    font.setupHorizontalMetrics({name: (800, 0) for name in names})
+    font.setupHorizontalMetrics(dict.fromkeys(names, (800, 0)))
     font.setupHorizontalHeader(ascent=800, descent=-200)
     font.setupNameTable({"familyName": family, "styleName": "Regular"})
     font.setupOS2()
@@ -237,7 +237,7 @@ HOSTILE = ["..", "../x", "a/b", "/abs", "report.html", "batches", "my", "MY", "x
 def test_folders_of_traces_are_safe_and_different():
     folders = trace_folders(HOSTILE)
     assert len({folder.casefold() for folder in folders.values()}) == len(HOSTILE)
-    for name, folder in folders.items():
+    for folder in folders.values():
         assert folder not in ("report.html", "batches", ".", "..") and "/" not in folder
         assert len(folder.encode()) <= 100
     assert folders["my"] == "my"

@@ -28,14 +28,19 @@ def _exists(given: str) -> bool:
         return False
 
 
+def _labels_file(given: str) -> str:
+    "The name of a file of labels."
+    if Path(given).is_dir():
+        raise ValueError(f"--labels {given} is a folder: give a file of labels")
+    return given
+
+
 def _file_labels(given: str | None) -> str | list[str] | None:
     "Label names from a comma-separated list; a file with one name per line is handed on."
     if given is None:
         return None
     if _exists(given):
-        if Path(given).is_dir():
-            raise ValueError(f"--labels {given} is a folder: give a file of labels")
-        return given
+        return _labels_file(given)
     if "," not in given and Path(given).suffix:
         raise FileNotFoundError(f"there is no file of labels {given} (--labels)")
     return [name.strip() for name in given.split(",")]
@@ -61,16 +66,28 @@ def _sample(task, count: int, args: argparse.Namespace, kind: str):
         raise ValueError(f"{error}: change --n or --sample") from None
 
 
+def _check_once(tasks: Sequence[str]) -> None:
+    "Raise `ValueError` for a task that is named twice."
+    twice = [name for name in tasks if tasks.count(name) > 1]
+    if twice:
+        raise ValueError(f"--task names {twice[0]} more than once: name each task once")
+
+
 def _check_texts(args: argparse.Namespace) -> None:
     "Raise `ValueError` for options about texts that exclude one another."
     if args.file and args.task:
         raise ValueError("give --task or --file, not both")
     if args.labels and not args.file:
         raise ValueError("--labels goes with --file; a task has its own labels")
-    named = args.task or []
-    twice = [name for name in named if named.count(name) > 1]
-    if twice:
-        raise ValueError(f"--task names {twice[0]} more than once: name each task once")
+    _check_once(args.task or [])
+
+
+def _even_shares(n: int, tasks: int) -> list[int]:
+    "How many of n texts each task gives."
+    if n < tasks:
+        raise ValueError(f"--n is {n}, fewer than {tasks} tasks: give a larger --n")
+    each, rest = divmod(n, tasks)
+    return [each + 1] * rest + [each] * (tasks - rest)
 
 
 def _tasks(
@@ -86,10 +103,7 @@ def _tasks(
     if args.file:
         return [_file_task(args)]
     tasks = [load_task(name) for name in args.task or names]
-    each, rest = divmod(args.n or size, len(tasks))
-    if not each:
-        raise ValueError(f"--n is {args.n}, fewer than {len(tasks)} tasks: give a larger --n")
-    counts = [each + (position < rest) for position in range(len(tasks))]
+    counts = _even_shares(args.n or size, len(tasks))
     return [_sample(task, count, args, sample) for task, count in zip(tasks, counts)]
 
 # %% ../../nbs/report/07_cli.ipynb #2380413b
@@ -189,10 +203,13 @@ def _probe_and_report(args: argparse.Namespace) -> None:
     with _kept_batches(args) as kept:
         traces = _probe(args, tasks, trace_folders(by_name), kept)
         page = write_report(traces, args.out, by_name)
+    _print_summary(args, run_summary(traces), page)
 
+
+def _print_summary(args: argparse.Namespace, summary, page: Path) -> None:
     asked = f"{args.shots}-shot, {args.decoding} decoding, {args.reading} reading"
     print(f"\n{args.model}, {asked}\n")
-    print(run_summary(traces).to_string())
+    print(summary.to_string())
     print(f"\nMeans with 95 % bootstrap intervals over texts.\nReport: {page}")
 
 

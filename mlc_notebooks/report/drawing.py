@@ -118,15 +118,19 @@ def draw_intervals(
     "Draw values with their intervals, groups side by side."
     keys = list(frame[x].drop_duplicates())
     groups = groups_of(frame, hue)
-    gap = 0.08 if line else 0.18
-    first = -gap * (len(groups) - 1) / 2
+    shifts = _shifts(len(groups), gap=0.08 if line else 0.18)
     style = dict(fmt="o-" if line else "o", ms=4, lw=1.5, capsize=2)
 
-    for turn, (name, color, part) in enumerate(groups):
-        where = part[x].map(keys.index) + (first + turn * gap)
+    for shift, (name, color, part) in zip(shifts, groups):
+        where = part[x].map(keys.index) + shift
         bars = interval_lengths(part)
         axes.errorbar(where, part["value"], bars, color=color, label=name, **style)
     axes.set_xticks(range(len(keys)), list(map(str, keys)))
+
+
+def _shifts(count: int, gap: float) -> list[float]:
+    "How far each of some groups stands from the middle, so that they stand side by side."
+    return [(turn - (count - 1) / 2) * gap for turn in range(count)]
 
 
 def interval_lengths(frame: pd.DataFrame) -> np.ndarray:

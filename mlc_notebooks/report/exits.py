@@ -24,10 +24,15 @@ from ..data.files import write_whole
 LINE_LENGTH = 900  # of an error, in characters; the middle of a longer one is left out
 
 
+def _printable(character: str) -> str:
+    "The character, or its code where it cannot be printed."
+    return character if character.isprintable() else f"\\u{ord(character):04x}"
+
+
 def one_line(message: str) -> str:
     "The message in one line of letters that can be printed, cut in the middle where it is long."
     words = " ".join(message.split())
-    line = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in words)
+    line = "".join(map(_printable, words))
     if len(line) <= LINE_LENGTH:
         return line
     return f"{line[: LINE_LENGTH - 300]} [...] {line[-300:]}"
@@ -100,11 +105,16 @@ def named(
     try:
         yield
     except Exception as error:
-        is_told = _raised_here(error) and not isinstance(error, OSError)
+        is_told = exit_code_of(error) is not None and not isinstance(error, OSError)
         if is_told or str(value) in str(error):
             raise
-        found = f"{type(error).__name__}: {error}".rstrip(": ")
+        found = _described(error)
         raise kind(f"{option} {value} cannot be read, it may be damaged ({found})") from error
+
+
+def _described(error: Exception) -> str:
+    "The kind of an error and its message."
+    return f"{type(error).__name__}: {error}".rstrip(": ")
 
 # %% ../../nbs/report/06b_exits.ipynb #c210650e
 ISSUES = "https://github.com/mlc-notebooks/mlc_notebooks/issues"
@@ -130,7 +140,7 @@ def _unexpected(program: str, error: Exception, out: Path | None) -> str:
     "The line about an error that nobody thought of."
     where = _write_traceback(program, _folders(out))
     return (
-        f"{type(error).__name__}: {one_line(str(error))[:400]} ({where}; if the input is right, "
+        f"{one_line(_described(error))[:400]} ({where}; if the input is right, "
         f"this is a fault of {program}: please report it at {ISSUES})"
     )
 
@@ -177,7 +187,7 @@ def run_command(
         args = parser.parse_args(argv)
         out = getattr(args, "out", None)
         work(args)
-        sys.stdout.flush()
+        print(end="", flush=True)
         return 0
     except SystemExit as ended:  # --help, or a wrong option, which argparse has told
         return _after_help(ended.code)
@@ -194,7 +204,7 @@ def run_command(
 def _after_help(code: int) -> int:
     "The exit code of argparse, when its output has been written."
     try:
-        sys.stdout.flush()
+        print(end="", flush=True)
     except BrokenPipeError:
         _close_quietly()
     return code

@@ -63,7 +63,7 @@ def page_part(
     return {
         "name": f"{trace.settings['task']}: {len(trace)} texts",
         "rows": len(table),
-        "cut": f"; here the first {ROWS_SHOWN}" if len(table) > ROWS_SHOWN else "",
+        "cut": _cut(len(table)),
         "prompt": trace.settings["prompt"],
         "page": picture(plot_summary(trace, task)),
         "statistics": html_table(statistics.round(3), index=False),
@@ -78,14 +78,23 @@ def page_part(
 
 def labels_without_font(names: Iterable[str]) -> dict | None:
     "The labels that pictures can only show in codes, and what to install; None: there are none."
-    lacking = {name: fonts_to_install(fonts_for(name)[1]) for name in names}
-    lacking = {name: fonts for name, fonts in lacking.items() if fonts}
+    lacking = [name for name in names if _fonts_lacking(name)]
     if not lacking:
         return None
-    fonts = sorted({font for some in lacking.values() for font in some})
-    return {"labels": ", ".join(lacking), "fonts": ", ".join(fonts)}
+    return {"labels": ", ".join(lacking), "fonts": ", ".join(_fonts_lacking("".join(lacking)))}
+
+
+def _fonts_lacking(text: str) -> list[str]:
+    "Fonts to install for a text."
+    _, lacking = fonts_for(text)
+    return fonts_to_install(lacking)
 
 # %% ../../nbs/report/06_page.ipynb #f9b869cb
+def _cut(rows: int) -> str:
+    "What the page says where a table is cut; empty where it is not."
+    return f"; here the first {ROWS_SHOWN}" if rows > ROWS_SHOWN else ""
+
+
 def _longest(trace: Trace, count: int) -> list[str]:
     "The ids of the texts with the most steps."
     steps = trace.steps["example"].value_counts(sort=False)
@@ -134,7 +143,7 @@ def write_report(
     tasks: dict[str, AnnotatedTexts] | None = None,  # by name, for what needs gold labels
     panels: int = 3,  # texts shown step by step, per trace
 ) -> Path:
-    """The path of a self-contained page about traces; they and their statistics are saved beside it.
+    """The path of a self-contained page about traces, which are saved beside it with statistics.
 
     Files are written whole. Raises `OSError`, which names the folder, where one cannot be written.
     """
@@ -144,10 +153,10 @@ def write_report(
     for name, trace in traces.items():
         _save_trace(trace, Path(folder) / folders[name], found[name])
 
-    parts = []
-    for name, trace in traces.items():
-        part = page_part(trace, found[name], tasks.get(name), panels, folders[name])
-        parts.append(part)
+    parts = [
+        page_part(trace, found[name], tasks.get(name), panels, folders[name])
+        for name, trace in traces.items()
+    ]
     page = Path(folder) / "report.html"
     write_whole(page, _page(traces, parts))
     return page

@@ -57,11 +57,19 @@ def plot_probes_by_layer(
     shown = frame[(frame["score"] == score) & (frame["layer"] >= 0)]
     axes = new_axes(6.5)
     for name, color, part in groups_of(shown, "target"):
-        _draw_layers(axes, part[part["control"] == "probe"], "o-", color, name)
-        _draw_layers(axes, part[part["control"] == "shuffled"], ":", color)
+        for control, rows in part.groupby("control"):
+            _draw_control(axes, control, rows, color, name)
     axes.plot([], [], "k:", label="shuffled labels")
     axes.set(ylim=(0, 1), xlabel="layer (0: embeddings)", ylabel=score)
     return finish_figure(axes, True, _layers_caption(shown))
+
+
+def _draw_control(axes: plt.Axes, control: str, rows: pd.DataFrame, color: tuple, name: str):
+    "The line of a probe, or the dotted one of shuffled labels; others are not shown."
+    if control == "probe":
+        _draw_layers(axes, rows, "o-", color, name)
+    if control == "shuffled":
+        _draw_layers(axes, rows, ":", color)
 
 
 def _draw_layers(
@@ -90,11 +98,7 @@ def plot_attention(
     "A seaborn grid: attention in all and per token, by step and part of the text (Table 6)."
     import seaborn as sns
 
-    shown = shares.query("step <= @most_steps")
-    tidy = shown.melt(
-        ["example", "step", "part"], ["total", "per_token"], "measure", "attention share"
-    )
-    tidy["measure"] = tidy["measure"].map({"total": "total", "per_token": "per token"})
+    tidy = _two_measures(shares.query("step <= @most_steps"))
     what = dict(x="step", y="attention share", hue="part", col="measure")
     size = dict(height=3.4, aspect=1.2, markersize=4, linewidth=1.5, dodge=0.2)
     interval = dict(errorbar=("ci", 95), seed=0)
@@ -105,6 +109,13 @@ def plot_attention(
     grid.set(ylim=(0, None))
     add_caption(grid.figure, _attention_caption(shares))
     return grid
+
+
+def _two_measures(shares: pd.DataFrame) -> pd.DataFrame:
+    "One row per text, step, part and measure: the attention in all, and per token."
+    renamed = shares.rename(columns={"per_token": "per token"})
+    kept = ["example", "step", "part"]
+    return renamed.melt(kept, ["total", "per token"], "measure", "attention share")
 
 
 def _attention_caption(shares: pd.DataFrame) -> str:

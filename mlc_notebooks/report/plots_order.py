@@ -163,6 +163,14 @@ def _listed_values(part: pd.DataFrame) -> str:
     return ", ".join(f"{value:.2f}" for value in part["value"])
 
 # %% ../../nbs/report/02_plots_order.ipynb #0ccf97cd
+def _name_orders(axes: plt.Axes, orders: list[str], condition: str) -> None:
+    "Label the axes of a heat map of orders by a condition."
+    axes.set_xticks(axes.get_xticks(), [textwrap.fill(order, 16) for order in orders])
+    axes.set_xlabel("share of answers with several labels in this order")
+    by = "" if condition == "order" else f": {condition}"
+    axes.set_ylabel(f"labels listed{by}")
+
+
 @plain_texts
 def plot_label_order(
     frame: pd.DataFrame,  # of `vary_label_order`, or of `label_order` by a condition
@@ -174,11 +182,7 @@ def plot_label_order(
     axes = axis or new_axes(6.5, 0.6 * frame[condition].nunique() + 1.6)
     shares = frame.pivot_table(index=condition, columns="quantity", values="value", sort=False)
     _heat_map(axes, shares)
-    names = [textwrap.fill(name, 16) for name in shares.columns]
-    axes.set_xticks(axes.get_xticks(), names)
-    axes.set_xlabel("share of answers with several labels in this order")
-    listed = "labels listed"
-    axes.set_ylabel(listed if condition == "order" else f"{listed}: {condition}")
+    _name_orders(axes, list(shares.columns), condition)
     caption = (
         "In which order labels are written, by the order of the instruction and of the "
         f"demonstrations ({n_range(frame)})."

@@ -31,6 +31,11 @@ from mlc_notebooks.report.plots_steps import (
 )
 
 # %% ../../nbs/report/05_summary.ipynb #d2535695
+def _several(trace: Trace) -> int:
+    "How many answers have several labels."
+    return int((trace.predictions().sum(axis=1) > 1).sum())
+
+
 def _draw_steps(panels, trace: Trace) -> None:
     profile = step_profile(trace)
     ranks = plot_sorted_profile(sorted_profile(trace), panels[0, 0])
@@ -62,7 +67,7 @@ def plot_summary(
     "The figure of six panels about a trace."
     figure, panels = plt.subplots(3, 2, figsize=(12, 12.5))
     following = next_labels(trace)
-    several = bool((trace.predictions().sum(axis=1) > 1).any())
+    several = _several(trace) > 0
 
     _draw_steps(panels, trace)
     if several:
@@ -103,11 +108,10 @@ def run_summary(traces: dict[str, Trace]) -> pd.DataFrame:
 
 
 def _summary_column(trace: Trace) -> dict[str, str]:
-    several = int((trace.predictions().sum(axis=1) > 1).sum())
     column = {
         "texts": str(len(trace)),
         "gold labels": "aggregated" if trace.settings["aggregated"] else "per annotator",
-        "outputs with several labels": str(several),
+        "outputs with several labels": str(_several(trace)),
     }
     for quantity, row in summarise(trace).iterrows():
         column[quantity] = _mean_with_interval(row)
