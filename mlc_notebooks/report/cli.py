@@ -81,7 +81,7 @@ def _check_texts(args: argparse.Namespace) -> None:
         raise ValueError("--labels goes with --file; a task has its own labels")
     _check_once(args.task or [])
 
-
+# %% ../../nbs/report/07_cli.ipynb #2af67517
 def _even_shares(n: int, tasks: int) -> list[int]:
     "How many of n texts each task gives."
     if n < tasks:

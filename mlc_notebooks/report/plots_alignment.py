@@ -40,7 +40,7 @@ def _draw_metric(axes: plt.Axes, rows: pd.DataFrame, metric: str) -> None:
     axes.set_xlabel(f"{metric} ({_better(metric)} is better)")
     axes.grid(axis="y", alpha=0.3)
 
-
+# %% ../../nbs/report/04_plots_alignment.ipynb #eb28d6c9
 @plain_texts
 def plot_alignment(
     report: pd.DataFrame,  # of `align_report`

@@ -58,7 +58,7 @@ def _step_and_share(step: int, row: pd.Series) -> str:
         return str(step)
     return f"{step}\n{row['mean']:.0%} of {row['count']:.0f}"
 
-
+# %% ../../nbs/report/02_plots_order.ipynb #d1877b3d
 def _next_labels_caption(steps: pd.DataFrame) -> str:
     following = steps["runner_up_next"]
     never = steps["runner_up_never"]

@@ -103,24 +103,7 @@ def plot_steps(
     add_caption(grid.figure, _steps_caption(trace, frame))
     return grid
 
-# %% ../../nbs/report/01_plots_steps.ipynb #bd421456
-@plain_texts
-def plot_top_second(
-    trace: Trace,
-    most_steps: int = 4,  # steps shown; later ones are few
-    axis: plt.Axes | None = None,  # to draw on; None: a figure of its own, with a caption
-) -> plt.Axes:
-    "The axes with the largest and the second-largest probability over Y+, by step."
-    profile = step_profile(trace).query("step <= @most_steps")
-    alone = axis is None
-    axes = axis or new_axes(1.7 * profile["step"].nunique() + 2.4)
-    _draw_top_second(axes, profile)
-    count_ticks(axes, profile["step"])
-    axes.set(ylim=(-0.02, 1.02), ylabel="probability over the outcomes")
-    axes.set_xlabel("step (number of texts that reach it)")
-    return finish_figure(axes, alone, _top_second_caption(trace, profile))
-
-
+# %% ../../nbs/report/01_plots_steps.ipynb #04f5bb7b
 def _draw_top_second(axes: plt.Axes, profile: pd.DataFrame) -> None:
     "Boxes and, where they are not too many, points of the two largest probabilities."
     import seaborn as sns
@@ -139,6 +122,23 @@ def _draw_top_second(axes: plt.Axes, profile: pd.DataFrame) -> None:
 def _swatch(name: str, color: str) -> plt.Rectangle:
     "A patch of colour for a legend."
     return plt.Rectangle((0, 0), 1, 1, color=color, label=name)
+
+# %% ../../nbs/report/01_plots_steps.ipynb #bd421456
+@plain_texts
+def plot_top_second(
+    trace: Trace,
+    most_steps: int = 4,  # steps shown; later ones are few
+    axis: plt.Axes | None = None,  # to draw on; None: a figure of its own, with a caption
+) -> plt.Axes:
+    "The axes with the largest and the second-largest probability over Y+, by step."
+    profile = step_profile(trace).query("step <= @most_steps")
+    alone = axis is None
+    axes = axis or new_axes(1.7 * profile["step"].nunique() + 2.4)
+    _draw_top_second(axes, profile)
+    count_ticks(axes, profile["step"])
+    axes.set(ylim=(-0.02, 1.02), ylabel="probability over the outcomes")
+    axes.set_xlabel("step (number of texts that reach it)")
+    return finish_figure(axes, alone, _top_second_caption(trace, profile))
 
 
 def _top_second_caption(trace: Trace, profile: pd.DataFrame) -> str:
