@@ -5,6 +5,7 @@ from . import files as files
 from . import reasoning as reasoning
 from . import json_lists as json_lists
 from . import damaged as damaged
+from . import markup as markup
 from . import answers as answers
 from . import sampling as sampling
 from . import texts as texts
@@ -44,6 +45,9 @@ from .json_lists import has_ended as has_ended
 from .json_lists import json_lists as json_lists
 from .damaged import naming_damage as naming_damage
 from .damaged import naming_folder as naming_folder
+from .markup import fill_html as fill_html
+from .markup import html_part as html_part
+from .markup import html_table as html_table
 from .answers import AnswerFormat as AnswerFormat
 from .answers import Entry as Entry
 from .answers import FLAGS as FLAGS

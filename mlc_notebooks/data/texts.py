@@ -9,19 +9,34 @@ __all__ = ['majority_of_shares', 'AnnotatedTexts', 'unannotated', 'reorder_label
            'without_other_splits', 'training_data']
 
 # %% ../../nbs/data/02_texts.ipynb #95a8b4d9
-import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
 
+from .checks import check_choice, check_number, check_whole
+from .inputs import check_listed
 from .labels import LabelSet
+from .markup import html_part, html_table
 from .sampling import agreement_of, draw_from_cells, label_cells
 
 # %% ../../nbs/data/02_texts.ipynb #301e7825
+def _check_one_chosen(where: str, votes: np.ndarray):
+    "Raise `ValueError` where an annotator chose other than one label."
+    chosen = votes.sum(1)
+    wrong = np.abs(chosen - 1) > 1e-6
+    if wrong.any():
+        raise ValueError(
+            f"{where}: an annotator chose {chosen[wrong][0]:g} labels, "
+            "but the task has no `none`: exactly one must be chosen"
+        )
+
+
 def _check_votes(where: str, votes: np.ndarray, labels: LabelSet, shares: bool = False):
     "Raise `ValueError` for annotations that do not fit the labels; `where` names the item."
+    if not isinstance(votes, np.ndarray):
+        raise TypeError(f"{where} has annotations {votes!r:.80}: give an array (annotators, L)")
     if votes.ndim != 2 or votes.shape[1] != len(labels):
         raise ValueError(
             f"{where} has annotations of shape {votes.shape}, "
@@ -33,31 +48,66 @@ def _check_votes(where: str, votes: np.ndarray, labels: LabelSet, shares: bool =
     if not fits.all():
         raise ValueError(f"{where} has annotations other than 0 and 1: {np.unique(votes)}")
     if not labels.is_multi:
-        chosen = votes.sum(1)
-        wrong = np.abs(chosen - 1) > 1e-6
-        if wrong.any():
-            raise ValueError(
-                f"{where}: an annotator chose {chosen[wrong][0]:g} labels, "
-                "but the task has no `none`: exactly one must be chosen"
-            )
+        _check_one_chosen(where, votes)
 
 # %% ../../nbs/data/02_texts.ipynb #818443e2
+def _doubled(ids: tuple) -> str:
+    "The first id that stands there for the second time."
+    ids = pd.Series(ids)
+    return ids[ids.duplicated()].iloc[0]
+
+
+def _check_ids(name: str, ids: tuple):
+    "Raise `ValueError` naming an id that is no string, empty, or there twice."
+    for position, item in enumerate(ids):
+        if not isinstance(item, str) or not item.strip():
+            raise ValueError(
+                f"{name}: the id at position {position} is {item!r:.100}: give a string, not empty"
+            )
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{name}: the id {_doubled(ids)!r:.100} occurs more than once")
+
+# %% ../../nbs/data/02_texts.ipynb #5aae41b2
+def _check_label_set(name: str, labels: LabelSet):
+    "Raise `TypeError` for labels that are no `LabelSet`."
+    if not isinstance(labels, LabelSet):
+        raise TypeError(f"{name}: labels is {labels!r:.100}: give a LabelSet")
+
+
+def _check_text(name: str, item: str, text: str):
+    "Raise `ValueError` where a text is no string."
+    if not isinstance(text, str):
+        raise ValueError(f"{name}: the text of item {item!r} is {text!r:.100}, not a string")
+
+
 def _check_items(name, ids, texts, labels, annotations, aggregated=False):
     "Raise `ValueError` naming the item at fault."
+    _check_label_set(name, labels)
     if not len(ids) == len(texts) == len(annotations):
         raise ValueError(
             f"{name}: {len(ids)} ids, {len(texts)} texts and "
             f"{len(annotations)} annotations: give one of each per item"
         )
-    if len(set(ids)) < len(ids):
-        doubled = pd.Series(ids)[pd.Series(ids).duplicated()].iloc[0]
-        raise ValueError(f"{name}: the id {doubled!r} occurs more than once")
+    _check_ids(name, ids)
     for item, text, votes in zip(ids, texts, annotations):
-        if not isinstance(text, str):
-            raise ValueError(f"{name}: the text of item {item!r} is {text!r}, not a string")
+        _check_text(name, item, text)
         _check_votes(f"{name}: item {item!r}", votes, labels, aggregated)
 
 # %% ../../nbs/data/02_texts.ipynb #00c95767
+def _check_positions(positions: Iterable[int], length: int) -> list[int]:
+    "The positions; raises `ValueError` for what is no position in a list of that length."
+    return [check_whole("position", i, least=0, most=length - 1) for i in positions]
+
+
+def _find(item: str, position: dict[str, int], name: str) -> int:
+    "The position of an id; raises `ValueError` for one that is not there."
+    if item not in position:
+        raise ValueError(
+            f"{name} has no item {item!r}: score a trace with the task it was made from"
+        )
+    return position[item]
+
+# %% ../../nbs/data/02_texts.ipynb #0f5b57a3
 @dataclass(frozen=True, eq=False, repr=False)
 class _Items:
     "n texts with an id and annotations each, and the other splits of the same data."
@@ -74,7 +124,7 @@ class _Items:
 
     def __post_init__(self):
         for attribute in ("ids", "texts", "annotations"):
-            object.__setattr__(self, attribute, tuple(getattr(self, attribute)))
+            object.__setattr__(self, attribute, check_listed(attribute, getattr(self, attribute)))
         items = (self.ids, self.texts, self.labels, self.annotations)
         _check_items(self.name, *items, self.aggregated)
 
@@ -83,7 +133,7 @@ class _Items:
 
     def select(self, positions: Iterable[int]) -> "AnnotatedTexts":
         "The items at these positions, in the order given."
-        positions = list(positions)
+        positions = _check_positions(positions, len(self))
         return replace(
             self,
             ids=[self.ids[i] for i in positions],
@@ -94,7 +144,8 @@ class _Items:
     def at(self, ids: Iterable[str]) -> "AnnotatedTexts":
         "The items with these ids, in the order given; raises `ValueError` naming an unknown id."
         position = {item: i for i, item in enumerate(self.ids)}
-        return self.select([_find(item, position, self.name) for item in ids])
+        wanted = check_listed("ids", ids)
+        return self.select([_find(item, position, self.name) for item in wanted])
 
     @property
     def pool(self) -> "AnnotatedTexts | None":
@@ -108,14 +159,6 @@ class _Items:
                 f"{self.name} has no split {name!r}: choose one of {sorted(self.splits)}"
             )
         return replace(self.splits[name], splits=self.splits)
-
-
-def _find(item: str, position: dict[str, int], name: str) -> int:
-    if item not in position:
-        raise ValueError(
-            f"{name} has no item {item!r}: score a trace with the task it was made from"
-        )
-    return position[item]
 
 # %% ../../nbs/data/02_texts.ipynb #ebca2e51
 def _shares(votes: np.ndarray) -> np.ndarray:
@@ -174,20 +217,29 @@ def _page(task: "AnnotatedTexts") -> str:
     sets = [_set_in_words(votes, task.labels) for votes in some.annotations]
     rows = pd.DataFrame({"text": some.texts, "labels": sets}, pd.Index(some.ids, name="id"))
     with pd.option_context("display.max_colwidth", 100):
-        tables = counts.to_html(max_cols=20) + rows.to_html()  # texts are escaped
-    return f"<p>{html.escape(_summary(task))}</p>{tables}"
+        tables = [html_table(counts, max_cols=20), html_table(rows)]
+    template = "<p>{{ summary }}</p>{{ tables[0] }}{{ tables[1] }}"
+    return html_part(template, summary=_summary(task), tables=tables)
 
 # %% ../../nbs/data/02_texts.ipynb #2271c36c
+def _check_asked(name: str, q: pd.DataFrame):
+    "Raise `ValueError` naming the first item that nobody annotated."
+    unasked = q.index[q.isna().any(axis=1)]
+    if len(unasked):
+        raise ValueError(f"{name}: item {unasked[0]!r} has no annotations, so no majority")
+
+
 def _draw(task: "AnnotatedTexts", n: int, seed: int, kind: str) -> tuple[np.ndarray, dict]:
     "The positions of n items, and how many come from each cell."
-    if kind not in ("random", "main", "multi"):
-        raise ValueError(f"unknown kind of sample {kind!r}: choose 'random', 'main' or 'multi'")
+    check_choice("kind", kind, ("random", "main", "multi"))
+    check_whole("n", n, least=1)
+    check_whole("seed", seed, least=0)
     cells = pd.Series("all", range(len(task)))
     if kind != "random":
         cells = label_cells(task.majority(), task.agreement()["unanimous"])
     if kind == "multi":
         cells = pd.Series("multi", cells.index[cells.str.startswith("multi")])
-    if not 0 < n <= len(cells):
+    if n > len(cells):
         raise ValueError(f"{task.name} has {len(cells)} items to draw from, cannot draw {n}")
     return draw_from_cells(cells, n, seed)
 
@@ -211,10 +263,9 @@ class AnnotatedTexts(_Items):
 
         Raises `ValueError` naming the first item without annotations.
         """
+        check_number("threshold", threshold, above=0, most=1)
         q = self.distribution()
-        unasked = q.index[q.isna().any(axis=1)]
-        if len(unasked):
-            raise ValueError(f"{self.name}: item {unasked[0]!r} has no annotations, so no majority")
+        _check_asked(self.name, q)
         chosen = majority_of_shares(q.to_numpy(), self.labels.is_multi, threshold)
         return pd.DataFrame(chosen.astype(np.uint8), q.index, q.columns)
 
@@ -253,9 +304,10 @@ def unannotated(
     splits: dict[str, AnnotatedTexts] | None = None,
 ) -> AnnotatedTexts:
     "Texts that nobody has annotated: each has annotations without rows."
-    texts = list(texts)
+    texts = check_listed("texts", texts)
     if ids is None:
         ids = [str(position) for position in range(len(texts))]
+    _check_label_set(name, labels)
     nobody = np.zeros((0, len(labels)), np.uint8)
     return AnnotatedTexts(
         name,
@@ -285,16 +337,21 @@ def reorder_labels(task: AnnotatedTexts, names: Sequence[str]) -> AnnotatedTexts
     return _relabel(task, labels, [task.labels.index(name) for name in labels])
 
 # %% ../../nbs/data/02_texts.ipynb #98b85520
+def _check_one_each(names: Sequence[str], labels: LabelSet):
+    "Raise `ValueError` for more names or fewer than labels."
+    if len(names) != len(labels):
+        raise ValueError(
+            f"{len(names)} names for the {len(labels)} labels {list(labels)}: give one for each"
+        )
+
+
 def rename_labels(task: AnnotatedTexts, names: Sequence[str]) -> AnnotatedTexts:
     """The same task with its labels, in order, called `names`, in all splits.
 
     Raises `ValueError` for more names or fewer.
     """
-    if len(names) != len(task.labels):
-        raise ValueError(
-            f"{len(names)} names for the {len(task.labels)} labels {list(task.labels)}: "
-            "give one for each"
-        )
+    names = check_listed("labels", names)
+    _check_one_each(names, task.labels)
     return _relabel(task, LabelSet(names, task.labels.none), list(range(len(names))))
 
 # %% ../../nbs/data/02_texts.ipynb #e76bf633
@@ -305,7 +362,7 @@ def text_key(text: str) -> str:
 
 def without_texts(task: AnnotatedTexts, texts: Iterable[str]) -> AnnotatedTexts:
     "The items whose text (by its words, not by its id) is not among `texts`."
-    held_out = {text_key(text) for text in texts}
+    held_out = {text_key(text) for text in check_listed("texts", texts)}
     return task.select([i for i, text in enumerate(task.texts) if text_key(text) not in held_out])
 
 # %% ../../nbs/data/02_texts.ipynb #4ce19746

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from ..data.checks import check_choice
+from ..data.markup import html_part, html_table
 from ..data.texts import AnnotatedTexts
 from mlc_notebooks.metrics.alignment import (
     EPS,
@@ -53,7 +54,8 @@ class AlignReport(pd.DataFrame):
         return f"{self.table().to_string()}\n{self.note}"
 
     def _repr_html_(self):
-        return f"{self.table().to_html()}<p>{self.note}</p>"
+        table = html_table(self.table())
+        return html_part("{{ table }}<p>{{ note }}</p>", table=table, note=self.note)
 
 # %% ../../nbs/metrics/07_comparison.ipynb #bb0bf9a5
 _ROWS_OF_THE_REPORT = (

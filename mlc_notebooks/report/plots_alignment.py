@@ -16,29 +16,44 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .drawing import OTHER, add_caption, interval_lengths
+from .fonts import plain_texts
 
 # %% ../../nbs/report/04_plots_alignment.ipynb #9cab31f5
 MORE_IS_BETTER = ("example-F1", "micro-F1", "macro-F1", "Jaccard", "LRAP", "AUROC")
 
 
+def _better(metric: str) -> str:
+    return "more" if metric in MORE_IS_BETTER else "less"
+
+
+def _panels(methods: int, metrics: int):
+    "A figure and its panels, one per metric, high enough for the methods."
+    size = (3.2 * metrics + 2, 0.34 * methods + 1.4)
+    figure, panels = plt.subplots(1, metrics, figsize=size, sharey=True, squeeze=False)
+    return figure, panels[0]
+
+
+def _draw_metric(axes: plt.Axes, rows: pd.DataFrame, metric: str) -> None:
+    "One metric's values and intervals, one method per line."
+    style = dict(fmt="o", ms=5, lw=1.5, capsize=2, color=OTHER)
+    axes.errorbar(rows["value"], np.arange(len(rows)), xerr=interval_lengths(rows), **style)
+    axes.set_xlabel(f"{metric} ({_better(metric)} is better)")
+    axes.grid(axis="y", alpha=0.3)
+
+# %% ../../nbs/report/04_plots_alignment.ipynb #eb28d6c9
+@plain_texts
 def plot_alignment(
     report: pd.DataFrame,  # of `align_report`
     metrics: Sequence[str] = ("NLL", "L1", "example-F1"),
 ) -> Figure:
     "The figure: values and intervals by method, one panel per metric."
     methods = list(report["method"].unique())
-    size = (3.2 * len(metrics) + 2, 0.34 * len(methods) + 1.4)
-    figure, panels = plt.subplots(1, len(metrics), figsize=size, sharey=True, squeeze=False)
-    for axes, metric in zip(panels[0], metrics):
+    figure, panels = _panels(len(methods), len(metrics))
+    for axes, metric in zip(panels, metrics):
         rows = report[report["metric"] == metric].set_index("method").reindex(methods)
-        places = np.arange(len(methods))
-        style = dict(fmt="o", ms=5, lw=1.5, capsize=2, color=OTHER)
-        axes.errorbar(rows["value"], places, xerr=interval_lengths(rows), **style)
-        better = "more" if metric in MORE_IS_BETTER else "less"
-        axes.set_xlabel(f"{metric} ({better} is better)")
-        axes.grid(axis="y", alpha=0.3)
-    panels[0, 0].set_yticks(range(len(methods)), methods)
-    panels[0, 0].invert_yaxis()
+        _draw_metric(axes, rows, metric)
+    panels[0].set_yticks(range(len(methods)), methods)
+    panels[0].invert_yaxis()
     figure.tight_layout()
     add_caption(figure, _alignment_caption(report, metrics))
     return figure
@@ -57,5 +72,5 @@ def best_method(report: pd.DataFrame, metric: str) -> str:
     blind = report["method"].isin(["constant", "label prior"])
     people = report["method"].str.startswith("annotators")
     rows = report[(report["metric"] == metric) & ~blind & ~people]
-    place = rows["value"].idxmax() if metric in MORE_IS_BETTER else rows["value"].idxmin()
-    return rows.loc[place, "method"]
+    values = rows.set_index("method")["value"]
+    return values.idxmax() if _better(metric) == "more" else values.idxmin()

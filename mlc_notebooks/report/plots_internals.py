@@ -20,8 +20,10 @@ from mlc_notebooks.report.drawing import (
     n_range,
     new_axes,
 )
+from .fonts import plain_texts
 
 # %% ../../nbs/report/03_plots_internals.ipynb #849d57f7
+@plain_texts
 def plot_probes(
     frame: pd.DataFrame,  # of `probe_metrics`
     score: str = "micro-F1",
@@ -33,17 +35,20 @@ def plot_probes(
     axes = new_axes(6.5)
     draw_intervals(axes, shown, "target", "control", line=False)
     axes.set(ylim=(0, 1), xlabel="", ylabel=score)
+    return finish_figure(axes, True, _probes_caption(shown, int(last)))
 
+
+def _probes_caption(shown: pd.DataFrame, layer: int) -> str:
     value = shown[shown["control"] == "probe"].set_index("target")["value"]
-    caption = (
-        f"Linear probes on the hidden state that predicts the first label, layer {int(last)}, "
+    return (
+        f"Linear probes on the hidden state that predicts the first label, layer {layer}, "
         f"held-out texts, 95 % intervals: the model's own answer (Pred {value['Pred']:.2f}) "
         f"against the gold labels (Gold {value['Gold']:.2f}) and its labels after the first "
         f"(Pred 2+ {value.get('Pred 2+', np.nan):.2f})."
     )
-    return finish_figure(axes, True, caption)
 
 # %% ../../nbs/report/03_plots_internals.ipynb #eb5fd08d
+@plain_texts
 def plot_probes_by_layer(
     frame: pd.DataFrame,  # of `probe_metrics`
     score: str = "micro-F1",
@@ -52,24 +57,40 @@ def plot_probes_by_layer(
     shown = frame[(frame["score"] == score) & (frame["layer"] >= 0)]
     axes = new_axes(6.5)
     for name, color, part in groups_of(shown, "target"):
-        for control, style in (("probe", "o-"), ("shuffled", ":")):
-            line = part[part["control"] == control].sort_values("layer")
-            label = name if control == "probe" else None
-            axes.plot(line["layer"], line["value"], style, ms=3.5, color=color, label=label)
-            band = (line["layer"], line["low"], line["high"])
-            axes.fill_between(*band, color=color, alpha=0.12, lw=0)
+        for control, rows in part.groupby("control"):
+            _draw_control(axes, control, rows, color, name)
     axes.plot([], [], "k:", label="shuffled labels")
     axes.set(ylim=(0, 1), xlabel="layer (0: embeddings)", ylabel=score)
+    return finish_figure(axes, True, _layers_caption(shown))
 
+
+def _draw_control(axes: plt.Axes, control: str, rows: pd.DataFrame, color: tuple, name: str):
+    "The line of a probe, or the dotted one of shuffled labels; others are not shown."
+    if control == "probe":
+        _draw_layers(axes, rows, "o-", color, name)
+    if control == "shuffled":
+        _draw_layers(axes, rows, ":", color)
+
+
+def _draw_layers(
+    axes: plt.Axes, part: pd.DataFrame, style: str, color: tuple, name: str | None = None
+) -> None:
+    "A line over the layers with a band of its intervals."
+    line = part.sort_values("layer")
+    axes.plot(line["layer"], line["value"], style, ms=3.5, color=color, label=name)
+    axes.fill_between(line["layer"], line["low"], line["high"], color=color, alpha=0.12, lw=0)
+
+
+def _layers_caption(shown: pd.DataFrame) -> str:
     probes = shown[shown["control"] == "probe"]
     best = probes.loc[probes.groupby("target")["value"].idxmax()]
     found = [f"{row.target} {row.value:.2f} in layer {row.layer:.0f}" for row in best.itertuples()]
-    caption = (
+    return (
         f"Best layer: {', '.join(found)}. Bands: 95 % intervals; {n_range(shown)} held-out texts."
     )
-    return finish_figure(axes, True, caption)
 
 # %% ../../nbs/report/03_plots_internals.ipynb #41b0e442
+@plain_texts
 def plot_attention(
     shares: pd.DataFrame,  # of `attention_shares`
     most_steps: int = 4,
@@ -77,33 +98,24 @@ def plot_attention(
     "A seaborn grid: attention in all and per token, by step and part of the text (Table 6)."
     import seaborn as sns
 
-    shown = shares.query("step <= @most_steps")
-    tidy = shown.melt(
-        ["example", "step", "part"], ["total", "per_token"], "measure", "attention share"
-    )
-    tidy["measure"] = tidy["measure"].map({"total": "total", "per_token": "per token"})
-    grid = sns.catplot(
-        tidy,
-        kind="point",
-        x="step",
-        y="attention share",
-        hue="part",
-        col="measure",
-        palette="colorblind",
-        dodge=0.2,
-        errorbar=("ci", 95),
-        seed=0,
-        sharey=False,
-        height=3.4,
-        aspect=1.2,
-        markersize=4,
-        linewidth=1.5,
-    )
+    tidy = _two_measures(shares.query("step <= @most_steps"))
+    what = dict(x="step", y="attention share", hue="part", col="measure")
+    size = dict(height=3.4, aspect=1.2, markersize=4, linewidth=1.5, dodge=0.2)
+    interval = dict(errorbar=("ci", 95), seed=0)
+    look = dict(kind="point", palette="colorblind", sharey=False)
+    grid = sns.catplot(tidy, **what, **size, **interval, **look)
     grid.set_titles("{col_name}")
     grid.set_xlabels("step whose label is predicted")
     grid.set(ylim=(0, None))
     add_caption(grid.figure, _attention_caption(shares))
     return grid
+
+
+def _two_measures(shares: pd.DataFrame) -> pd.DataFrame:
+    "One row per text, step, part and measure: the attention in all, and per token."
+    renamed = shares.rename(columns={"per_token": "per token"})
+    kept = ["example", "step", "part"]
+    return renamed.melt(kept, ["total", "per token"], "measure", "attention share")
 
 
 def _attention_caption(shares: pd.DataFrame) -> str:
@@ -117,6 +129,7 @@ def _attention_caption(shares: pd.DataFrame) -> str:
     )
 
 # %% ../../nbs/report/03_plots_internals.ipynb #f0b4e680
+@plain_texts
 def plot_attention_by_layer(
     shares: pd.DataFrame,  # of `attention_shares(by_layer=True)`
 ) -> plt.Axes:
@@ -127,11 +140,13 @@ def plot_attention_by_layer(
     how = dict(palette="colorblind", errorbar=("ci", 95), seed=0, ax=axes)
     sns.lineplot(shares, x="layer", y="total", hue="part", **how)
     axes.set(ylim=(0, 1), xlabel="layer", ylabel="attention share")
+    return finish_figure(axes, True, _prompt_caption(shares))
 
+
+def _prompt_caption(shares: pd.DataFrame) -> str:
     prompt = shares[shares["part"] == "prompt"].groupby("layer")["total"].mean()
-    caption = (
+    return (
         f"Attention on the prompt lies between {prompt.min():.0%} (layer {prompt.idxmin()}) and "
         f"{prompt.max():.0%} (layer {prompt.idxmax()}). {shares['example'].nunique()} texts, "
         "means over heads and steps, 95 % intervals over rows."
     )
-    return finish_figure(axes, True, caption)

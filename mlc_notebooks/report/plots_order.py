@@ -17,11 +17,11 @@ import pandas as pd
 from mlc_notebooks.report.drawing import (
     draw_intervals,
     finish_figure,
-    groups_of,
     n_range,
-    name_prefix,
     new_axes,
+    say_by_group,
 )
+from .fonts import plain_texts
 
 # %% ../../nbs/report/02_plots_order.ipynb #e70cc9ca
 SERIES = {
@@ -48,14 +48,17 @@ def _four_series(steps: pd.DataFrame) -> pd.DataFrame:
 def _say_how_often_next(axes: plt.Axes, steps: pd.DataFrame) -> None:
     "Below each step: how often its runner-up is written next, where a label follows at all."
     followed = steps.groupby("step")["runner_up_next"].agg(["mean", "count"])
-    labels = []
-    for step, row in followed.iterrows():
-        how_often = f"\n{row['mean']:.0%} of {row['count']:.0f}" if row["count"] else ""
-        labels.append(f"{step}{how_often}")
+    labels = [_step_and_share(step, row) for step, row in followed.iterrows()]
     axes.set_xticks(range(len(labels)), labels)
     axes.set_xlabel("step (how often its runner-up is written next)")
 
 
+def _step_and_share(step: int, row: pd.Series) -> str:
+    if not row["count"]:
+        return str(step)
+    return f"{step}\n{row['mean']:.0%} of {row['count']:.0f}"
+
+# %% ../../nbs/report/02_plots_order.ipynb #d1877b3d
 def _next_labels_caption(steps: pd.DataFrame) -> str:
     following = steps["runner_up_next"]
     never = steps["runner_up_never"]
@@ -68,31 +71,26 @@ def _next_labels_caption(steps: pd.DataFrame) -> str:
     )
 
 # %% ../../nbs/report/02_plots_order.ipynb #2c2ce2da
+def _draw_four_series(axes: plt.Axes, steps: pd.DataFrame) -> None:
+    "Violins of the four series by step."
+    import seaborn as sns
+
+    what = dict(x="step", y="probability", hue="series", hue_order=SERIES.values())
+    form = dict(cut=0, inner="quart", density_norm="width", linewidth=0.8, gap=0.1)
+    sns.violinplot(_four_series(steps), **what, **form, palette="colorblind", ax=axes)
+
+
+@plain_texts
 def plot_next_labels(
     steps: pd.DataFrame,  # of `next_labels`
     most_steps: int = 3,
     axis: plt.Axes | None = None,
 ) -> plt.Axes:
     "The axes with violins of the four series of Figure 3, by step."
-    import seaborn as sns
-
     shown = steps.query("step <= @most_steps")
     alone = axis is None
     axes = axis or new_axes(9, 4)
-    sns.violinplot(
-        _four_series(shown),
-        x="step",
-        y="probability",
-        hue="series",
-        hue_order=SERIES.values(),
-        palette="colorblind",
-        cut=0,
-        inner="quart",
-        density_norm="width",
-        linewidth=0.8,
-        gap=0.1,
-        ax=axes,
-    )
+    _draw_four_series(axes, shown)
     _say_how_often_next(axes, shown)
     axes.set(ylim=(0, 1 if alone else 1.3), yticks=np.linspace(0, 1, 6))
     axes.set_ylabel("probability over the outcomes")
@@ -101,6 +99,7 @@ def plot_next_labels(
     return finish_figure(axes, alone, _next_labels_caption(shown), legend=alone)
 
 # %% ../../nbs/report/02_plots_order.ipynb #b9c5fcf4
+@plain_texts
 def plot_rank_histogram(
     frame: pd.DataFrame,  # of `rank_histogram`
     axis: plt.Axes | None = None,
@@ -108,20 +107,29 @@ def plot_rank_histogram(
     "The axes with a heat map: rank at step 1 against the step at which the label is written."
     alone = axis is None
     axes = axis or new_axes(5.5, 3.2)
-    shares = frame.pivot_table(index="rank", columns="written_at", values="value", aggfunc="first")
-    steps = sorted(set(shares.columns) - {"never"}, key=lambda step: (len(step), step))
-    if "never" in shares:
-        steps.append("never")
-    shares = shares[steps]
+    shares = _shares_by_rank(frame)
     _heat_map(axes, shares)
     axes.set(xlabel="written at step", ylabel="rank at step 1")
-
-    finding = ""
-    if "never" in shares and 2 in shares.index:
-        never = shares.loc[2, "never"]
-        finding = f"The label ranked second at step 1 is never written in {never:.0%} of them. "
+    finding = _second_never(shares)
     caption = f"Answers with several labels ({n_range(frame)}). {finding}Rows sum to 1."
     return finish_figure(axes, alone, caption)
+
+
+def _shares_by_rank(frame: pd.DataFrame) -> pd.DataFrame:
+    "One row per rank, one column per step, the column `never` last."
+    shares = frame.pivot_table(index="rank", columns="written_at", values="value", aggfunc="first")
+    steps = sorted(set(shares.columns) - {"never"}, key=int)
+    if "never" in shares:
+        steps.append("never")
+    return shares[steps]
+
+
+def _second_never(shares: pd.DataFrame) -> str:
+    "The sentence about the label ranked second; empty where the frame says nothing of it."
+    if "never" not in shares or 2 not in shares.index:
+        return ""
+    never = shares.loc[2, "never"]
+    return f"The label ranked second at step 1 is never written in {never:.0%} of them. "
 
 
 def _heat_map(axes: plt.Axes, shares: pd.DataFrame) -> None:
@@ -133,6 +141,7 @@ def _heat_map(axes: plt.Axes, shares: pd.DataFrame) -> None:
     axes.tick_params(axis="y", rotation=0)
 
 # %% ../../nbs/report/02_plots_order.ipynb #12945bb0
+@plain_texts
 def plot_order_accuracy(
     frame: pd.DataFrame,  # of `order_accuracy`
     axis: plt.Axes | None = None,
@@ -143,17 +152,26 @@ def plot_order_accuracy(
     draw_intervals(axes, frame, "position")
     axes.set(ylim=(0, 1.05), xlabel="written as label number", ylabel="share correct")
 
-    found = []
-    for _, _, part in groups_of(frame):
-        values = ", ".join(f"{value:.2f}" for value in part["value"])
-        found.append(f"{name_prefix(part)}{values}")
     caption = (
         "Share correct among labels written first, second, ... in answers with several, "
-        f"95 % intervals, {n_range(frame)}: {'; '.join(found)}."
+        f"95 % intervals, {n_range(frame)}: {say_by_group(frame, _listed_values)}."
     )
     return finish_figure(axes, alone, caption)
 
+
+def _listed_values(part: pd.DataFrame) -> str:
+    return ", ".join(f"{value:.2f}" for value in part["value"])
+
 # %% ../../nbs/report/02_plots_order.ipynb #0ccf97cd
+def _name_orders(axes: plt.Axes, orders: list[str], condition: str) -> None:
+    "Label the axes of a heat map of orders by a condition."
+    axes.set_xticks(axes.get_xticks(), [textwrap.fill(order, 16) for order in orders])
+    axes.set_xlabel("share of answers with several labels in this order")
+    by = "" if condition == "order" else f": {condition}"
+    axes.set_ylabel(f"labels listed{by}")
+
+
+@plain_texts
 def plot_label_order(
     frame: pd.DataFrame,  # of `vary_label_order`, or of `label_order` by a condition
     condition: str = "order",  # the column that names the condition
@@ -164,10 +182,7 @@ def plot_label_order(
     axes = axis or new_axes(6.5, 0.6 * frame[condition].nunique() + 1.6)
     shares = frame.pivot_table(index=condition, columns="quantity", values="value", sort=False)
     _heat_map(axes, shares)
-    names = ["\n".join(textwrap.wrap(name, 16)) for name in shares.columns]
-    axes.set_xticks(axes.get_xticks(), names)
-    axes.set_xlabel("share of answers with several labels in this order")
-    axes.set_ylabel("labels listed" if condition == "order" else f"labels listed: {condition}")
+    _name_orders(axes, list(shares.columns), condition)
     caption = (
         "In which order labels are written, by the order of the instruction and of the "
         f"demonstrations ({n_range(frame)})."
@@ -175,6 +190,7 @@ def plot_label_order(
     return finish_figure(axes, alone, caption)
 
 # %% ../../nbs/report/02_plots_order.ipynb #7c5029d4
+@plain_texts
 def plot_condition(
     frame: pd.DataFrame,  # of an experiment
     condition: str,  # the column that was varied
@@ -183,13 +199,7 @@ def plot_condition(
     reference: float | None = None,  # a dashed line: the value in the gold labels
 ) -> plt.Axes:
     "The axes with one quantity by a condition; values and interval ends are means over seeds."
-    shown = frame[frame["quantity"] == quantity]
-    if not len(shown):
-        known = sorted(frame["quantity"].unique())
-        raise ValueError(f"no quantity {quantity!r} in the frame: choose one of {known}")
-    keys = [key for key in (hue, condition) if key in shown]
-    shown = shown.groupby(keys, sort=False)[["value", "low", "high", "n"]].mean().reset_index()
-
+    shown = _means_over_seeds(frame, condition, quantity, hue)
     axes = new_axes(5.5)
     draw_intervals(axes, shown, condition, hue)
     if reference is not None:
@@ -198,13 +208,26 @@ def plot_condition(
     return finish_figure(axes, True, _condition_caption(shown, condition, quantity, hue))
 
 
+def _means_over_seeds(frame: pd.DataFrame, condition: str, quantity: str, hue: str) -> pd.DataFrame:
+    "Means of a quantity by group and condition; raises `ValueError` where the frame has none."
+    shown = frame[frame["quantity"] == quantity]
+    if not len(shown):
+        known = sorted(frame["quantity"].unique())
+        raise ValueError(f"no quantity {quantity!r} in the frame: choose one of {known}")
+    keys = [key for key in (hue, condition) if key in shown]
+    return shown.groupby(keys, sort=False)[["value", "low", "high", "n"]].mean().reset_index()
+
+
 def _condition_caption(shown: pd.DataFrame, condition: str, quantity: str, hue: str) -> str:
-    ends = []
-    for _, _, part in groups_of(shown, hue):
-        first, last = part["value"].iloc[[0, -1]]
-        ends.append(f"{name_prefix(part, hue)}{first:.2f} to {last:.2f}")
     first, last = shown[condition].iloc[[0, -1]]
+    beginning = quantity[:1].upper() + quantity[1:]
     return (
-        f"{quantity[:1].upper()}{quantity[1:]}, from {condition.replace('_', ' ')} {first} to "
-        f"{last}: {'; '.join(ends)}. 95 % intervals, {n_range(shown)} texts a point."
+        f"{beginning}, from {condition.replace('_', ' ')} {first} to {last}: "
+        f"{say_by_group(shown, _first_to_last, hue)}. 95 % intervals, {n_range(shown)} texts a "
+        "point."
     )
+
+
+def _first_to_last(part: pd.DataFrame) -> str:
+    first, last = part["value"].iloc[[0, -1]]
+    return f"{first:.2f} to {last:.2f}"

@@ -13,6 +13,7 @@ import textwrap
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from ..metrics.profiles import step_profile
 from ..probing.trace import Trace
@@ -24,23 +25,23 @@ from mlc_notebooks.report.drawing import (
     draw_intervals,
     example_id,
     finish_figure,
-    groups_of,
     n_range,
-    name_prefix,
     new_axes,
+    say_by_group,
 )
+from .fonts import plain_texts
 
 # %% ../../nbs/report/01_plots_steps.ipynb #f09accd0
-def _label_step(axes: plt.Axes, step: pd.Series) -> None:
-    "What the model wrote at a step, the label mass, and a number at each bar."
-    wrote = f"writes {step['wrote']}" if step["wrote"] else "wrote no list"
-    axes.set_title(f"step {step['step']}: {wrote}", fontsize=11, pad=18)
+def _mass_line(step: pd.Series) -> str:
+    "The label mass at a step and, where it is known, the probability of going on."
+    line = f"label mass {step['mass']:.2f}"
+    if pd.isna(step["p_go"]):
+        return line
+    return f"{line}, then goes on with p = {step['p_go']:.2f}"
 
-    below = f"label mass {step['mass']:.2f}"
-    if not pd.isna(step["p_go"]):
-        below += f", then goes on with p = {step['p_go']:.2f}"
-    axes.text(0.5, 1.03, below, transform=axes.transAxes, ha="center", fontsize=8)
 
+def _number_bars(axes: plt.Axes) -> None:
+    "Write its length at each bar that can be seen."
     for bar in axes.patches:
         width = bar.get_width()
         if width >= 0.005:
@@ -48,78 +49,92 @@ def _label_step(axes: plt.Axes, step: pd.Series) -> None:
             axes.text(width + 0.01, middle, f"{width:.2f}", va="center", fontsize=8)
 
 
-def _say_what_was_read(figure, trace: Trace, item: str, frame: pd.DataFrame) -> None:
-    "The text above the panels and the caption below them."
-    said = textwrap.shorten(trace.items.loc[item, "text"], 300, placeholder=" ...")
-    title = textwrap.wrap(f"“{said}”", int(figure.get_figwidth() * 11))
-    figure.suptitle("\n".join(title), y=1.0, va="bottom", fontsize=11)
+def _label_step(axes: plt.Axes, step: pd.Series) -> None:
+    "What the model wrote at a step, the label mass, and a number at each bar."
+    wrote = f"writes {step['wrote']}" if step["wrote"] else "wrote no list"
+    axes.set_title(f"step {step['step']}: {wrote}", fontsize=11, pad=18)
+    line = _mass_line(step)
+    axes.text(0.5, 1.03, line, transform=axes.transAxes, ha="center", fontsize=8)
+    _number_bars(axes)
 
+# %% ../../nbs/report/01_plots_steps.ipynb #f162f408
+def _write_text_above(figure: Figure, text: str) -> None:
+    "The text under test above the panels; a long one is cut."
+    said = textwrap.shorten(text, 300, placeholder=" ...")
+    lines = textwrap.wrap(f"“{said}”", int(figure.get_figwidth() * 11))
+    figure.suptitle("\n".join(lines), y=1.0, va="bottom", fontsize=11)
+
+
+def _steps_caption(trace: Trace, frame: pd.DataFrame) -> str:
     tops = [f"{top:.0%}" for top in frame.groupby("step")["prob"].max()]
     model = trace.settings["model"]
     reading = trace.settings["reading"]
-    add_caption(
-        figure,
+    return (
         f"Label distribution at each step ({model}, {reading} reading). Orange: what is "
-        f"written there. The top outcome holds {', '.join(tops)}.",
+        f"written there. The top outcome holds {', '.join(tops)}."
     )
 
 # %% ../../nbs/report/01_plots_steps.ipynb #db5c5317
+def _bars_by_step(frame: pd.DataFrame, labels: int):
+    "A seaborn grid of bars, orange for what was written."
+    import seaborn as sns
+
+    height = 0.32 * labels + 1.6
+    size = dict(height=height, aspect=3.6 / height, col_wrap=min(4, frame["step"].nunique()))
+    what = dict(x="prob", y="label", col="step", hue="written")
+    colors = dict(palette={True: WRITTEN, False: OTHER}, saturation=1, legend=False)
+    return sns.catplot(frame, kind="bar", dodge=False, **what, **colors, **size)
+
+
+@plain_texts
 def plot_steps(
     trace: Trace,
     example: int | str = 0,  # position or id of the text
 ):
     "A seaborn grid with one panel per step of an answer: the probability of each outcome."
-    import seaborn as sns
-
     item = example_id(trace, example)
     frame = trace.frame().query("example == @item")
-    height = 0.32 * len(trace.labels) + 1.6
-    grid = sns.catplot(
-        frame,
-        kind="bar",
-        x="prob",
-        y="label",
-        col="step",
-        hue="written",
-        palette={True: WRITTEN, False: OTHER},
-        dodge=False,
-        saturation=1,
-        legend=False,
-        height=height,
-        aspect=3.6 / height,
-        col_wrap=min(4, frame["step"].nunique()),
-    )
+    grid = _bars_by_step(frame, len(trace.labels))
     for step, axes in grid.axes_dict.items():
         _label_step(axes, frame[frame["step"] == step].iloc[0])
     grid.set(xlim=(0, 1.12), ylabel="", xlabel="probability among the outcomes")
     grid.tight_layout()
-    _say_what_was_read(grid.figure, trace, item, frame)
+    _write_text_above(grid.figure, trace.items.loc[item, "text"])
+    add_caption(grid.figure, _steps_caption(trace, frame))
     return grid
 
-# %% ../../nbs/report/01_plots_steps.ipynb #bd421456
-def plot_top_second(
-    trace: Trace,
-    most_steps: int = 4,  # steps shown; later ones are few
-    axis: plt.Axes | None = None,  # to draw on; None: a figure of its own, with a caption
-) -> plt.Axes:
-    "The axes with the largest and the second-largest probability over Y+, by step."
+# %% ../../nbs/report/01_plots_steps.ipynb #04f5bb7b
+def _draw_top_second(axes: plt.Axes, profile: pd.DataFrame) -> None:
+    "Boxes and, where they are not too many, points of the two largest probabilities."
     import seaborn as sns
 
-    profile = step_profile(trace).query("step <= @most_steps")
     tidy = profile.melt(["example", "step"], ["top", "second"], "rank", "probability")
-    alone = axis is None
-    axes = axis or new_axes(1.7 * profile["step"].nunique() + 2.4)
     palette = {"top": WRITTEN, "second": OTHER}
-
     where = dict(x="step", y="probability", hue="rank", palette=palette, ax=axes)
     faint = {"alpha": 0.55}
     sns.boxplot(tidy, **where, fliersize=0, width=0.7, gap=0.15, boxprops=faint, legend=False)
     if len(profile) <= 1000:  # more points are a blot
         sns.stripplot(tidy, **where, dodge=True, size=2.5, alpha=0.6, jitter=0.15)
     else:
-        swatches = [plt.Rectangle((0, 0), 1, 1, color=c, label=name) for name, c in palette.items()]
-        axes.legend(handles=swatches)
+        axes.legend(handles=[_swatch(name, color) for name, color in palette.items()])
 
+
+def _swatch(name: str, color: str) -> plt.Rectangle:
+    "A patch of colour for a legend."
+    return plt.Rectangle((0, 0), 1, 1, color=color, label=name)
+
+# %% ../../nbs/report/01_plots_steps.ipynb #bd421456
+@plain_texts
+def plot_top_second(
+    trace: Trace,
+    most_steps: int = 4,  # steps shown; later ones are few
+    axis: plt.Axes | None = None,  # to draw on; None: a figure of its own, with a caption
+) -> plt.Axes:
+    "The axes with the largest and the second-largest probability over Y+, by step."
+    profile = step_profile(trace).query("step <= @most_steps")
+    alone = axis is None
+    axes = axis or new_axes(1.7 * profile["step"].nunique() + 2.4)
+    _draw_top_second(axes, profile)
     count_ticks(axes, profile["step"])
     axes.set(ylim=(-0.02, 1.02), ylabel="probability over the outcomes")
     axes.set_xlabel("step (number of texts that reach it)")
@@ -137,6 +152,7 @@ def _top_second_caption(trace: Trace, profile: pd.DataFrame) -> str:
     )
 
 # %% ../../nbs/report/01_plots_steps.ipynb #ad4b7150
+@plain_texts
 def plot_sorted_profile(
     frame: pd.DataFrame,  # of `sorted_profile`
     axis: plt.Axes | None = None,
@@ -149,20 +165,23 @@ def plot_sorted_profile(
     axes.set(xlabel="rank of the outcome within the step", ylabel="mean probability")
     axes.set_ylim(0, None)
 
-    found = []
-    for _, _, part in groups_of(frame):
-        first, second = part["value"].iloc[:2]
-        found.append(
-            f"{name_prefix(part)}the first of {len(part)} holds {first:.2f}, "
-            f"the second {second:.2f}"
-        )
     caption = (
         f"Probabilities sorted within a step, means with 95 % intervals, {n_range(frame)} texts: "
-        f"{'; '.join(found)}."
+        f"{say_by_group(frame, _first_and_second)}."
     )
     return finish_figure(axes, alone, caption)
 
+
+def _first_and_second(part: pd.DataFrame) -> str:
+    first, second = part["value"].iloc[:2]
+    return f"the first of {len(part)} holds {first:.2f}, the second {second:.2f}"
+
 # %% ../../nbs/report/01_plots_steps.ipynb #41b46658
+_INTERMEDIATE = "another label follows"
+_LAST = "last step"
+
+
+@plain_texts
 def plot_intermediate_last(
     profile: pd.DataFrame,  # of `step_profile`
     value: str = "top",  # its column to show: top or second (Figure 2), entropy (Figure 10)
@@ -170,37 +189,31 @@ def plot_intermediate_last(
     axis: plt.Axes | None = None,
 ) -> plt.Axes:
     "The axes with violins of one column by step, intermediate steps beside last ones."
-    import seaborn as sns
-
     shown = profile.query("step <= @most_steps")
-    order = ["another label follows", "last step"]
-    shown = shown.assign(position=np.where(shown["last"], order[1], order[0]))
+    shown = shown.assign(position=np.where(shown["last"], _LAST, _INTERMEDIATE))
     alone = axis is None
     axes = axis or new_axes(7)
-    sns.violinplot(
-        shown,
-        x="step",
-        y=value,
-        hue="position",
-        hue_order=order,
-        palette=[OTHER, WRITTEN],
-        cut=0,
-        inner="quart",
-        density_norm="width",
-        linewidth=1,
-        ax=axes,
-        gap=0.1,
-    )
+    _draw_positions(axes, shown, value)
     count_ticks(axes, shown["step"])
     unit = "(bits)" if value.startswith("entropy") else "probability"
     axes.set(xlabel="step (number of texts that reach it)", ylabel=f"{value} {unit}")
-    return finish_figure(axes, alone, _intermediate_last_caption(shown, value, order))
+    return finish_figure(axes, alone, _intermediate_last_caption(shown, value))
 
 
-def _intermediate_last_caption(shown: pd.DataFrame, value: str, order: list[str]) -> str:
+def _draw_positions(axes: plt.Axes, shown: pd.DataFrame, value: str) -> None:
+    "Violins of a column by step, intermediate steps beside last ones."
+    import seaborn as sns
+
+    what = dict(x="step", y=value, hue="position")
+    colors = dict(hue_order=[_INTERMEDIATE, _LAST], palette=[OTHER, WRITTEN])
+    form = dict(cut=0, inner="quart", density_norm="width", linewidth=1, gap=0.1)
+    sns.violinplot(shown, **what, **colors, **form, ax=axes)
+
+
+def _intermediate_last_caption(shown: pd.DataFrame, value: str) -> str:
     medians = shown[shown["step"] == 1].groupby("position")[value].median()
-    where = dict(zip(order, ["where another label follows", "where it is the last"]))
-    found = [f"{medians[name]:.2f} {where[name]}" for name in order if name in medians]
+    where = {_INTERMEDIATE: "where another label follows", _LAST: "where it is the last"}
+    found = [f"{medians[name]:.2f} {where[name]}" for name in where if name in medians]
     return (
         f"{value.capitalize()} by step. Median at step 1: {', '.join(found)}. "
         f"{shown['example'].nunique()} texts; lines: quartiles."

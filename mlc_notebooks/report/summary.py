@@ -18,6 +18,7 @@ from ..metrics.phenomenon import summarise
 from ..metrics.profiles import sorted_profile, step_profile
 from ..probing.trace import Trace
 from .drawing import add_caption
+from .fonts import plain_texts
 from mlc_notebooks.report.plots_order import (
     plot_next_labels,
     plot_order_accuracy,
@@ -29,35 +30,10 @@ from mlc_notebooks.report.plots_steps import (
     plot_top_second,
 )
 
-# %% ../../nbs/report/05_summary.ipynb #a6ad0b8f
-def plot_summary(
-    trace: Trace,
-    task: AnnotatedTexts | None = None,  # with gold labels, for the order accuracy
-) -> Figure:
-    "The figure of six panels about a trace."
-    figure, panels = plt.subplots(3, 2, figsize=(12, 12.5))
-    following = next_labels(trace)
-    several = bool((trace.predictions().sum(axis=1) > 1).any())
-
-    _draw_steps(panels, trace)
-    if several:
-        plot_next_labels(following, axis=panels[1, 1]).set_title("What becomes of the second")
-        ranks = plot_rank_histogram(rank_histogram(trace), panels[2, 0])
-        ranks.set_title("When ranks of step 1 are written")
-    if several and task is not None:
-        accuracy = plot_order_accuracy(order_accuracy(trace, task), panels[2, 1])
-        accuracy.set_title("Correct by position written")
-    missing = "needs gold labels" if several else "no answer has several labels"
-    for axes in panels.flat:
-        if not axes.has_data():
-            axes.text(0.5, 0.5, missing, ha="center", transform=axes.transAxes)
-            axes.set_axis_off()
-
-    figure.suptitle(_title(trace), y=0.995)
-    figure.tight_layout()
-    if several:
-        add_caption(figure, _summary_caption(following))
-    return figure
+# %% ../../nbs/report/05_summary.ipynb #d2535695
+def _several(trace: Trace) -> int:
+    "How many answers have several labels."
+    return int((trace.predictions().sum(axis=1) > 1).sum())
 
 
 def _draw_steps(panels, trace: Trace) -> None:
@@ -67,6 +43,45 @@ def _draw_steps(panels, trace: Trace) -> None:
     plot_top_second(trace, axis=panels[0, 1]).set_title("Top and second by step")
     entropy = plot_intermediate_last(profile, "entropy", axis=panels[1, 0])
     entropy.set_title("Entropy by step")
+
+
+def _draw_order(panels, trace: Trace, following: pd.DataFrame) -> None:
+    plot_next_labels(following, axis=panels[1, 1]).set_title("What becomes of the second")
+    ranks = plot_rank_histogram(rank_histogram(trace), panels[2, 0])
+    ranks.set_title("When ranks of step 1 are written")
+
+
+def _excuse_empty_panels(panels, reason: str) -> None:
+    "Say in each empty panel why it is empty."
+    for axes in panels.flat:
+        if not axes.has_data():
+            axes.text(0.5, 0.5, reason, ha="center", transform=axes.transAxes)
+            axes.set_axis_off()
+
+# %% ../../nbs/report/05_summary.ipynb #a6ad0b8f
+@plain_texts
+def plot_summary(
+    trace: Trace,
+    task: AnnotatedTexts | None = None,  # with gold labels, for the order accuracy
+) -> Figure:
+    "The figure of six panels about a trace."
+    figure, panels = plt.subplots(3, 2, figsize=(12, 12.5))
+    following = next_labels(trace)
+    several = _several(trace) > 0
+
+    _draw_steps(panels, trace)
+    if several:
+        _draw_order(panels, trace, following)
+    if several and task is not None:
+        accuracy = plot_order_accuracy(order_accuracy(trace, task), panels[2, 1])
+        accuracy.set_title("Correct by position written")
+    _excuse_empty_panels(panels, "needs gold labels" if several else "no answer has several labels")
+
+    figure.suptitle(_title(trace), y=0.995)
+    figure.tight_layout()
+    if several:
+        add_caption(figure, _summary_caption(following))
+    return figure
 
 # %% ../../nbs/report/05_summary.ipynb #eb6f6a2c
 def _title(trace: Trace) -> str:
@@ -93,16 +108,19 @@ def run_summary(traces: dict[str, Trace]) -> pd.DataFrame:
 
 
 def _summary_column(trace: Trace) -> dict[str, str]:
-    several = int((trace.predictions().sum(axis=1) > 1).sum())
     column = {
         "texts": str(len(trace)),
         "gold labels": "aggregated" if trace.settings["aggregated"] else "per annotator",
-        "outputs with several labels": str(several),
+        "outputs with several labels": str(_several(trace)),
     }
     for quantity, row in summarise(trace).iterrows():
-        column[quantity] = "-"
-        if row["n"]:
-            interval = f"[{row['low']:.2f}, {row['high']:.2f}]"
-            column[quantity] = f"{row['value']:.2f} {interval} n={row['n']:.0f}"
+        column[quantity] = _mean_with_interval(row)
     column["seconds"] = f"{trace.settings['seconds']:.1f}"
     return column
+
+
+def _mean_with_interval(row: pd.Series) -> str:
+    "A mean, its interval and n in one cell; a dash where there is nothing to take a mean of."
+    if not row["n"]:
+        return "-"
+    return f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}] n={row['n']:.0f}"
