@@ -184,6 +184,7 @@ def test_a_run_raises_its_reward_and_load_lm_finds_it(tiny, letter_reward, tmp_p
     assert sorted(p.name for p in (tmp_path / "rl").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "files.json",
         "log.csv",
         "run.lock",
         "settings.json",

@@ -77,7 +77,7 @@ def test_label_orders(base_lm):
 
     assert '["fear", "joy"]' in said("alphabetical", 0)
     assert len({said("shuffled", seed) for seed in range(8)}) > 1
-    with pytest.raises(ValueError, match="unknown label_order 'random'"):
+    with pytest.raises(ValueError, match="label_order is 'random'"):
         list_examples(base_lm, task, "random")
 
 
