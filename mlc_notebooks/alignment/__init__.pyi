@@ -17,6 +17,7 @@ from . import training_folders as training_folders
 from . import training as training
 from . import sft as sft
 from . import policy_gradient as policy_gradient
+from . import optimizer_state as optimizer_state
 from . import rl as rl
 from . import demux as demux
 from . import demux_training as demux_training
@@ -138,6 +139,8 @@ from .policy_gradient import group_advantages as group_advantages
 from .policy_gradient import policy_loss as policy_loss
 from .policy_gradient import sample_answers as sample_answers
 from .policy_gradient import set_reward as set_reward
+from .optimizer_state import load_state as load_state
+from .optimizer_state import save_state as save_state
 from .rl import CHECKPOINT_EVERY as CHECKPOINT_EVERY
 from .rl import Policy as Policy
 from .rl import fit_rl as fit_rl

@@ -233,6 +233,13 @@ def _longest_first(rows: list[dict]) -> np.ndarray:
     "Positions of the rows, the longest first."
     return np.argsort([-len(row["input_ids"]) for row in rows], kind="stable")
 
+# %% ../../nbs/alignment/18_demux.ipynb #6dd4325d
+def _padded(model: _TextDemux, batch: list[dict]):
+    "The model's inputs for a batch of rows, on its device."
+    columns = {key: [row[key] for row in batch] for key in batch[0]}
+    inputs = model.tokenizer.pad(columns, return_tensors="pt")
+    return inputs.to(model.encoder.device)
+
 
 @torch.inference_mode()
 def _logits(
@@ -245,26 +252,19 @@ def _logits(
     starts = range(0, len(rows), batch_size)
     for start in tqdm(starts, desc="demux", unit="batch", **bar_options(progress)):
         chosen = order[start : start + batch_size]
-        columns = {key: [rows[i][key] for i in chosen] for key in rows[0]}
-        inputs = model.tokenizer.pad(columns, return_tensors="pt").to(model.encoder.device)
+        inputs = _padded(model, [rows[i] for i in chosen])
         logits[chosen] = model(**inputs).cpu().numpy()
     return logits
 
 # %% ../../nbs/alignment/18_demux.ipynb #f1369831
 class Demux(_TextDemux):
-    """An encoder that reads labels and text, and one head on the mean of each label's token states.
-
-    Raises `ValueError` where the labels leave no room for a text in `max_tokens`.
-    """
+    "An encoder of labels and text with a head; `ValueError` where `max_tokens` are too few."
 
     def __init__(self, labels: LabelSet, encoder, tokenizer, max_tokens: int = 256):
         super().__init__(labels, encoder, tokenizer, max_tokens)
         self.log = pd.DataFrame()  # losses by epoch
-        self.settings = {  # and those of its training
-            "labels": list(labels.names),
-            "none": labels.none,
-            "max_tokens": self.max_tokens,
-        }
+        names = dict(labels=list(labels.names), none=labels.none)
+        self.settings = names | {"max_tokens": self.max_tokens}  # and those of its training
 
     def logits(self, rows: list[dict], batch_size: int = 32, progress: bool = False) -> np.ndarray:
         "Logits (n, L) of inputs that `encode` made."
@@ -293,11 +293,7 @@ class Demux(_TextDemux):
 
     @classmethod
     def load(cls, folder: str | Path) -> "Demux":
-        """The model of a folder that `save` or a finished `fit_demux` wrote.
-
-        Raises `FileNotFoundError` where something is missing there, `ValueError` where a file is
-        damaged.
-        """
+        "The model that `save` or `fit_demux` wrote; raises an error where it is not whole."
         return _load(cls, Path(folder))
 
 # %% ../../nbs/alignment/18_demux.ipynb #624f4213
@@ -323,14 +319,20 @@ def _check_folder(folder: Path):
     check_files(folder)
 
 
-def _load(kind: type[Demux], folder: Path) -> Demux:
-    "Read what `_save` wrote; onto the GPU where there is one."
-    _check_folder(folder)
+def _untrained(kind: type[Demux], folder: Path) -> Demux:
+    "The model that a folder's settings describe, its weights not read yet."
     settings = read_json(folder / "settings.json")
     labels = LabelSet(settings["labels"], settings["none"])
     model = kind(labels, *_load_untrained(folder), settings["max_tokens"])
-    load_model(model, str(folder / "model.safetensors"))
     model.settings = settings
+    return model
+
+
+def _load(kind: type[Demux], folder: Path) -> Demux:
+    "Read what `_save` wrote; onto the GPU where there is one."
+    _check_folder(folder)
+    model = _untrained(kind, folder)
+    load_model(model, str(folder / "model.safetensors"))
     if (folder / "log.csv").is_file():
         model.log = read_log(folder)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -42,12 +42,16 @@ from ..metrics.sets import example_jaccard
 from ..models.encoders import load_encoder
 
 # %% ../../nbs/alignment/19_demux_training.ipynb #7c690056
-def _a_tenth(train: AnnotatedTexts, seed: int) -> AnnotatedTexts:
-    "A tenth of the texts, rounded up; texts that are the same stay together."
-    keys = sorted({text_key(text) for text in train.texts})
+def _draw_tenth(keys: list[str], seed: int) -> set[str]:
+    "A tenth of the keys, rounded up."
     order = np.random.default_rng(seed).permutation(len(keys))
     tenth = -(-len(keys) // 10)
-    drawn = {keys[i] for i in order[:tenth]}
+    return {keys[i] for i in order[:tenth]}
+
+
+def _a_tenth(train: AnnotatedTexts, seed: int) -> AnnotatedTexts:
+    "A tenth of the texts, rounded up; texts that are the same stay together."
+    drawn = _draw_tenth(sorted({text_key(text) for text in train.texts}), seed)
     return train.select([i for i, text in enumerate(train.texts) if text_key(text) in drawn])
 
 
@@ -69,6 +73,11 @@ def _check_enough(task: AnnotatedTexts, train: AnnotatedTexts, dev: AnnotatedTex
         )
 
 # %% ../../nbs/alignment/19_demux_training.ipynb #a519de7b
+def _annotated(task: AnnotatedTexts) -> AnnotatedTexts:
+    "The items that somebody annotated."
+    return task.select([i for i, votes in enumerate(task.annotations) if len(votes)])
+
+
 def _train_and_dev(
     task: AnnotatedTexts, dev: AnnotatedTexts | None, seed: int
 ) -> tuple[AnnotatedTexts, AnnotatedTexts]:
@@ -77,7 +86,7 @@ def _train_and_dev(
     if dev is None:
         dev = _dev_texts(task, train, seed)
     check_same_labels(dev, task.labels)
-    dev = dev.select([i for i, votes in enumerate(dev.annotations) if len(votes)])
+    dev = _annotated(dev)
     train = without_other_splits(replace(train, splits={"dev": dev}))
     _check_enough(task, train, dev)
     return train, dev
@@ -88,11 +97,15 @@ def _rows(model: Demux, task: AnnotatedTexts, soft: bool) -> tuple[list[dict], l
     rows, cut = model.encode(task.ids, task.texts)
     order = list(model.labels)
     present = task.majority()[order].to_numpy(bool)
-    targets = task.distribution()[order].to_numpy(np.float32) if soft else present.astype(float)
+    targets = _targets(task, order) if soft else present.astype(float)
     for row, target, majority in zip(rows, targets.tolist(), present.tolist()):
-        row["targets"] = target
-        row["present"] = majority
+        row |= {"targets": target, "present": majority}
     return rows, cut
+
+
+def _targets(task: AnnotatedTexts, order: list[str]) -> np.ndarray:
+    "The shares of annotators (n, L), labels in this order."
+    return task.distribution()[order].to_numpy(np.float32)
 
 
 def _fingerprint(module: torch.nn.Module) -> str:
@@ -266,14 +279,10 @@ def _add_data(
     "The rows to train on and to judge by; the model's settings learn what they are."
     rows, cut = _rows(model, train, model.settings["soft"])
     dev_rows, _ = _rows(model, dev, model.settings["soft"])
-    model.settings |= {
-        "encoder_weights": _fingerprint(model.encoder),
-        "train_texts": len(train),
-        "train_truncated": len(cut),
-        "train_data": digest(rows),
-        "dev_texts": len(dev),
-        "dev_data": digest(dev_rows),
-    }
+    about = {"encoder_weights": _fingerprint(model.encoder), "train_texts": len(rows)}
+    about |= {"train_truncated": len(cut), "train_data": digest(rows)}
+    about |= {"dev_texts": len(dev_rows), "dev_data": digest(dev_rows)}
+    model.settings |= about
     return rows, dev_rows
 
 # %% ../../nbs/alignment/19_demux_training.ipynb #f973953f

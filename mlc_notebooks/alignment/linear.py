@@ -37,15 +37,19 @@ class Linear:
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         "Probabilities (n, L) of features (n, d), dense or sparse; `ValueError` for another d."
-        if features.shape[1] != len(self.weight):
-            raise ValueError(
-                f"there are {features.shape[1]} features, and the model was fitted on "
-                f"{len(self.weight)}: compute them as for the training"
-            )
+        self._check_width(features.shape[1])
         logits = np.asarray(features @ self.weight) + self.bias
         if self.labels.is_multi:
             return expit(logits)
         return softmax(logits, axis=1)
+
+    def _check_width(self, width: int):
+        "Raise `ValueError` for another number of features than the model was fitted on."
+        if width != len(self.weight):
+            raise ValueError(
+                f"there are {width} features, and the model was fitted on {len(self.weight)}: "
+                "compute them as for the training"
+            )
 
 # %% ../../nbs/alignment/10_linear.ipynb #b8bb764a
 def _weighted_rows(
@@ -82,7 +86,7 @@ def _constant_bias(target: np.ndarray) -> float:
     share = (target.sum() + 0.5) / (len(target) + 1)
     return logit(share)
 
-
+# %% ../../nbs/alignment/10_linear.ipynb #d85b0367
 def _fit_one_of(
     features: np.ndarray, targets: np.ndarray, labels: LabelSet, C: float, seed: int
 ) -> Linear:
@@ -115,19 +119,31 @@ def _check_shapes(features: np.ndarray, targets: np.ndarray, labels: LabelSet):
         )
 
 
-def _check_features(features: np.ndarray):
-    "Raise `ValueError` for a feature that is no finite number; names its row where it can."
+def _broken_rows(features: np.ndarray) -> np.ndarray:
+    "Positions of the rows with a feature that is no finite number."
     if issparse(features):
-        bad = [] if np.isfinite(features.data).all() else ["?"]
-    else:
-        bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
-    if len(bad):
+        features = abs(features).sum(axis=1)  # as good, and of one column
+    return np.flatnonzero(~np.isfinite(np.asarray(features)).all(axis=1))
+
+
+def _check_features(features: np.ndarray):
+    "Raise `ValueError` for a feature that is no finite number."
+    broken = _broken_rows(features)
+    if len(broken):
         raise ValueError(
-            f"the features of row {bad[0]} are not finite numbers ({len(bad)} such rows): leave "
-            "these texts out, or compute the features in float32"
+            f"the features of row {broken[0]} are not finite numbers ({len(broken)} such rows): "
+            "leave these texts out, or compute the features in float32"
         )
 
 
+def _check_targets(targets: np.ndarray):
+    "Raise `ValueError` for a target that is not in [0, 1]."
+    inside = ((targets >= 0) & (targets <= 1)).all(axis=1)
+    if not inside.all():
+        row = np.flatnonzero(~inside)[0]
+        raise ValueError(f"the targets of row {row} are {targets[row]}: give 0 to 1 for each label")
+
+# %% ../../nbs/alignment/10_linear.ipynb #fe533eca
 def check_rows(features: np.ndarray, targets: np.ndarray, labels: LabelSet) -> np.ndarray:
     """The targets (n, L) as floats; features (n, d) are dense or sparse.
 
@@ -137,13 +153,21 @@ def check_rows(features: np.ndarray, targets: np.ndarray, labels: LabelSet) -> n
     targets = np.asarray(targets, float)
     _check_shapes(features, targets, labels)
     _check_features(features)
-    inside = (targets >= 0) & (targets <= 1)
-    if not inside.all():
-        row = np.flatnonzero(~inside.all(axis=1))[0]
-        raise ValueError(f"the targets of row {row} are {targets[row]}: give 0 to 1 for each label")
+    _check_targets(targets)
     return targets
 
 # %% ../../nbs/alignment/10_linear.ipynb #3cf0ef9f
+def _fit_each(
+    features: np.ndarray, targets: np.ndarray, labels: LabelSet, C: float, seed: int
+) -> Linear:
+    "One regression per label."
+    weight = np.zeros((features.shape[1], len(labels)))
+    bias = np.zeros(len(labels))
+    for column, target in enumerate(targets.T):
+        weight[:, column], bias[column] = _fit_label(features, target, C, seed)
+    return Linear(labels, weight, bias)
+
+
 def fit_linear(
     features: np.ndarray,  # (n, d), dense or sparse
     targets: np.ndarray,  # (n, L) in [0, 1]: majority sets, or annotators' shares
@@ -159,14 +183,8 @@ def fit_linear(
     check_number("C", C, above=0)
     check_whole("seed", seed, least=0, below=2**32)
     targets = check_rows(features, targets, labels)
-    if not labels.is_multi:
-        return _fit_one_of(features, targets, labels, C, seed)
-
-    weight = np.zeros((features.shape[1], len(labels)))
-    bias = np.zeros(len(labels))
-    for column, target in enumerate(targets.T):
-        weight[:, column], bias[column] = _fit_label(features, target, C, seed)
-    return Linear(labels, weight, bias)
+    fit = _fit_each if labels.is_multi else _fit_one_of
+    return fit(features, targets, labels, C, seed)
 
 # %% ../../nbs/alignment/10_linear.ipynb #64f44c6b
 def check_same_labels(task: AnnotatedTexts, labels: LabelSet):
@@ -236,6 +254,18 @@ def _read_numbers(path: Path, expected: str | None) -> dict[str, np.ndarray]:
             f"{path} is gone or damaged ({error}): fit the predictor again and save it"
         ) from None
 
+# %% ../../nbs/alignment/10_linear.ipynb #946c1fb0
+def _read_about(folder: Path, kind: str) -> dict:
+    "What predictor.json says; raises an error where there is none, and for another kind."
+    path = folder / "predictor.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no saved predictor: predictor.json is missing")
+    about = read_json(path)
+    found = about.pop("kind", None)
+    if found != kind:
+        raise ValueError(f"{folder} holds a {found}, not a {kind}: load it with {found}.load")
+    return about
+
 
 def read_predictor(folder: str | Path, kind: str) -> tuple[LabelSet, dict, dict]:
     """Labels, tensors and settings of a folder that `write_predictor` made.
@@ -243,15 +273,7 @@ def read_predictor(folder: str | Path, kind: str) -> tuple[LabelSet, dict, dict]
     Raises `FileNotFoundError` where there is none, `ValueError` for a predictor of another kind,
     and for one whose files are damaged.
     """
-    path = Path(folder) / "predictor.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{folder} holds no saved predictor: predictor.json is missing")
-
-    about = read_json(path)
-    found = about.pop("kind", None)
-    if found != kind:
-        raise ValueError(f"{folder} holds a {found}, not a {kind}: load it with {found}.load")
-
-    numbers = _read_numbers(path.with_suffix(".safetensors"), about.pop("sha256", None))
+    about = _read_about(Path(folder), kind)
+    numbers = _read_numbers(Path(folder) / "predictor.safetensors", about.pop("sha256", None))
     labels = LabelSet(about.pop("labels"), none=about.pop("none"))
     return labels, numbers, about

@@ -8,7 +8,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/policy_gradient.ht
 __all__ = ['set_reward', 'group_advantages', 'policy_loss', 'sample_answers', 'answer_logprobs']
 
 # %% ../../nbs/alignment/16_policy_gradient.ipynb #0cd16ec0
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -29,6 +29,11 @@ def _named(answer: str, labels: LabelSet) -> set[str] | None:
     return written - {labels.none}
 
 
+def _row(chosen: Collection[str], names: list[str]) -> np.ndarray:
+    "Which of the names are chosen: booleans (1, names)."
+    return np.array([[name in chosen for name in names]], bool)
+
+
 def set_reward(answer: str, gold: Sequence[str], labels: LabelSet) -> float:
     """The Jaccard index of the labels written in `answer` and the gold labels, from 0 to 1.
 
@@ -39,9 +44,8 @@ def set_reward(answer: str, gold: Sequence[str], labels: LabelSet) -> float:
     if written is None:
         return 0.0
     names = sorted(written.union(gold))
-    found = np.array([[name in written for name in names]], bool)
-    right = np.array([[name in gold for name in names]], bool)
-    return float(example_jaccard(found, right)[0])
+    [jaccard] = example_jaccard(_row(written, names), _row(gold, names))
+    return float(jaccard)
 
 # %% ../../nbs/alignment/16_policy_gradient.ipynb #da0c875f
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:

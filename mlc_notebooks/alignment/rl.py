@@ -9,7 +9,6 @@ __all__ = ['CHECKPOINT_EVERY', 'Policy', 'fit_rl']
 
 # %% ../../nbs/alignment/17_rl.ipynb #dac38443
 import copy
-import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -20,10 +19,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from .optimizer_state import load_state, save_state
 from mlc_notebooks.alignment.policy_gradient import (
     answer_logprobs,
     group_advantages,
@@ -39,15 +37,8 @@ from mlc_notebooks.alignment.training import (
     check_finite_weights,
     check_seed,
 )
-from mlc_notebooks.alignment.training_folders import (
-    checkpoints_in,
-    claim_run,
-    confirm_files,
-    read_log,
-    whole_checkpoints,
-    written_aside,
-)
-from ..data.answers import FORMATS, list_is_over, parse_answer
+from .training_folders import claim_run, read_log, written_aside
+from ..data.answers import FORMATS, ParsedAnswer, list_is_over, parse_answer
 from ..data.checks import check_number
 from ..data.labels import LabelSet
 from ..data.prompts import check_texts, list_prompts
@@ -79,12 +70,16 @@ class _Settings:
         check_seed(self.seed)
 
 # %% ../../nbs/alignment/17_rl.ipynb #ebeac25c
+def _in_rounds(n: int, rounds: int, seed: int) -> np.ndarray:
+    "All positions among n, in another order in each round: shape (rounds * n,)."
+    rng = np.random.default_rng(seed)
+    return np.concatenate([rng.permutation(n) for _ in range(rounds)])
+
+
 def _draw_texts(n: int, settings: _Settings) -> np.ndarray:
     "Positions among n texts for each step: shape (steps, texts)."
-    rng = np.random.default_rng(settings.seed)
     needed = settings.steps * settings.texts
-    rounds = math.ceil(needed / n)
-    order = np.concatenate([rng.permutation(n) for _ in range(rounds)])
+    order = _in_rounds(n, math.ceil(needed / n), settings.seed)
     return order[:needed].reshape(settings.steps, settings.texts)
 
 
@@ -142,12 +137,17 @@ def _rewards(
     return torch.tensor(rewards).view(-1, group)
 
 
+def _count_named(answer: ParsedAnswer, labels: LabelSet) -> int:
+    "How many labels an answer names."
+    return len(set(answer.outcomes) - {labels.none})
+
+
 def _of_answers(answers: Sequence[str], labels: LabelSet) -> dict:
     "The mean number of labels written, and the share of irregular answers."
     parsed = [parse_answer(text, labels) for text in answers]
-    named = [len(set(answer.outcomes) - {labels.none}) for answer in parsed]
-    flagged = [bool(answer.flags) for answer in parsed]
-    return {"labels": float(np.mean(named)), "flagged": float(np.mean(flagged))}
+    named = np.mean([_count_named(answer, labels) for answer in parsed])
+    flagged = np.mean([bool(answer.flags) for answer in parsed])
+    return {"labels": float(named), "flagged": float(flagged)}
 
 
 def _log_row(answers: Sequence[str], rewards: torch.Tensor, labels: LabelSet) -> dict:
@@ -192,6 +192,14 @@ def _draw_answers(
     return sample_answers(model, batch.prompts, group, limit, is_over, generator)
 
 
+@torch.no_grad()
+def _reference(tuned: torch.nn.Module, batch: _Batch, answers: list[list[int]]) -> torch.Tensor:
+    "Log-probabilities (answers, tokens) of the answers under the starting model."
+    with tuned.disable_adapter():
+        logprobs, _ = answer_logprobs(tuned.get_base_model(), batch.prompts, answers)
+    return logprobs
+
+# %% ../../nbs/alignment/17_rl.ipynb #3d98a232
 def _one_step(
     lm: LM,
     tuned: torch.nn.Module,  # with the adapter
@@ -204,8 +212,7 @@ def _one_step(
     model = tuned.get_base_model()
     with torch.autocast(model.device.type, torch.bfloat16):
         answers = _draw_answers(lm, model, labels, batch, settings.group, generator)
-        with torch.no_grad(), tuned.disable_adapter():
-            reference, _ = answer_logprobs(model, batch.prompts, answers)
+        reference = _reference(tuned, batch, answers)
         logprobs, written = answer_logprobs(model, batch.prompts, answers)
 
     texts = [lm.decode(ids) for ids in answers]
@@ -226,43 +233,11 @@ def _update(loss: torch.Tensor, weights: list, optimizer: torch.optim.Optimizer)
 
 
 CHECKPOINT_EVERY = 5  # steps
-_STATE = "state.safetensors"
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW knows of a weight
 
 
-def _tensors(weights: list, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    "The weights by number, and AdamW's moments of each."
-    tensors = {f"weight.{i}": weight.detach() for i, weight in enumerate(weights)}
-    for i, moments in optimizer.state_dict()["state"].items():
-        for name in _MOMENTS:
-            tensors[f"{name}.{i}"] = moments[name]
-    return tensors
-
-
-def _save_state(checkpoints: Path, weights: list, optimizer: torch.optim.Optimizer, log: list):
-    "Write a checkpoint after as many steps as the log has rows, and keep it and the one before."
-    checkpoint = checkpoints / f"checkpoint-{len(log)}"
-    checkpoint.mkdir(parents=True, exist_ok=True)
-    metadata = {"log": json.dumps(log)}
-    save_file(_tensors(weights, optimizer), checkpoint / _STATE, metadata=metadata)
-    confirm_files(checkpoint)
-    for older in checkpoints_in(checkpoints)[2:]:
-        shutil.rmtree(older)
-
-# %% ../../nbs/alignment/17_rl.ipynb #d721f723
-def _load_state(checkpoints: Path, weights: list, optimizer: torch.optim.Optimizer) -> list[dict]:
-    "The log of the newest whole checkpoint, whose weights and moments are put back; [] for none."
-    whole = whole_checkpoints(checkpoints)
-    if not whole:
-        return []
-    moments = {}
-    with safe_open(whole[0] / _STATE, "pt") as file, torch.no_grad():
-        for i, weight in enumerate(weights):
-            weight.copy_(file.get_tensor(f"weight.{i}"))
-            moments[i] = {name: file.get_tensor(f"{name}.{i}") for name in _MOMENTS}
-        log = json.loads(file.metadata()["log"])
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    return log
+def _is_saved(step: int, steps: int) -> bool:
+    "Whether a checkpoint is written after this step."
+    return step % CHECKPOINT_EVERY == 0 or step == steps
 
 # %% ../../nbs/alignment/17_rl.ipynb #a09b3f27
 @dataclass
@@ -280,7 +255,7 @@ def _begun(lm: LM, settings: _Settings, checkpoints: Path) -> _Run:
     tuned = _with_adapter(lm, settings)
     weights = [p for p in tuned.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0)
-    log = _load_state(checkpoints, weights, optimizer)
+    log = load_state(checkpoints, weights, optimizer)
     return _Run(tuned, weights, optimizer, log)
 
 
@@ -295,11 +270,6 @@ def _next_step(lm: LM, run: _Run, labels: LabelSet, batch: _Batch, settings: _Se
     run.log.append({"step": step + 1, **row})
 
 # %% ../../nbs/alignment/17_rl.ipynb #635504bc
-def _is_saved(step: int, steps: int) -> bool:
-    "Whether a checkpoint is written after this step."
-    return step % CHECKPOINT_EVERY == 0 or step == steps
-
-
 def _tune(
     lm: LM,
     labels: LabelSet,
@@ -316,11 +286,19 @@ def _tune(
         for batch in batches[len(run.log) :]:
             _next_step(lm, run, labels, batch, settings)
             if _is_saved(len(run.log), steps):
-                _save_state(checkpoints, run.weights, run.optimizer, run.log)
+                save_state(checkpoints, run.weights, run.optimizer, run.log)
             bar.update()
     return run.tuned, pd.DataFrame(run.log)
 
 # %% ../../nbs/alignment/17_rl.ipynb #f5d85171
+def _finish(tuned: torch.nn.Module, log: pd.DataFrame, lm: LM, out: Path, checkpoints: Path):
+    "Write the adapter and the log, and remove the checkpoints."
+    with written_aside(out) as aside:
+        save_tuned(tuned, lm, aside)
+        log.round(6).to_csv(aside / "log.csv", index=False)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+
+
 @dataclass
 class Policy:
     "A language model tuned on the set reward, and how its training went; made by `fit_rl`."
@@ -341,14 +319,6 @@ def _identity(lm: LM, task: AnnotatedTexts, settings: _Settings) -> dict:
     }
 
 # %% ../../nbs/alignment/17_rl.ipynb #e968e73b
-def _finish(tuned: torch.nn.Module, log: pd.DataFrame, lm: LM, out: Path, checkpoints: Path):
-    "Write the adapter and the log, and remove the checkpoints."
-    with written_aside(out) as aside:
-        save_tuned(tuned, lm, aside)
-        log.round(6).to_csv(aside / "log.csv", index=False)
-    shutil.rmtree(checkpoints, ignore_errors=True)
-
-
 def fit_rl(
     task_train: AnnotatedTexts,  # the train split
     lm: LM,  # the starting model, which stays as it is; its name must be one that `load_lm` knows

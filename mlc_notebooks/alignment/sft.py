@@ -46,20 +46,24 @@ from ..models.lm import LM, load_lm
 from ..models.quiet import quiet_transformers
 
 # %% ../../nbs/alignment/15_sft.ipynb #6872ee43
-def _check_start(lm: LM, settings: TuningSettings, start: str | Path | None):
-    "Raise `ValueError` for a model that was tuned before, and for a start that cannot be."
+def _check_untuned(lm: LM):
+    "Raise `ValueError` for a model that was tuned before."
     if any(hasattr(module, "lora_A") for module in lm.model.modules()):
         raise ValueError(
             f"{lm.name} holds the adapter of an earlier training: load the model anew with load_lm"
         )
-    if start and settings.r is None:
+
+
+def _check_start(start: str | Path, settings: TuningSettings):
+    "Raise `ValueError` for an adapter that cannot be gone on from."
+    if settings.r is None:
         raise ValueError(
             "`start` goes on with an adapter: to tune all weights further, load that model as `lm`"
         )
-    if start and not (Path(start) / "adapter_model.safetensors").is_file():
+    if not (Path(start) / "adapter_model.safetensors").is_file():
         raise ValueError(f"start is {str(start)!r}: it holds no adapter_model.safetensors")
 
-
+# %% ../../nbs/alignment/15_sft.ipynb #26efdae3
 def _trainable(lm: LM, settings: TuningSettings, start: str | Path | None) -> torch.nn.Module:
     "The model with an adapter to train, or with all weights to train."
     lm.model.set_attn_implementation("eager")  # faster than sdpa for short rows on a CPU
@@ -73,12 +77,17 @@ def _trainable(lm: LM, settings: TuningSettings, start: str | Path | None) -> to
     return add_adapter(lm.model, settings.r, settings.alpha)
 
 # %% ../../nbs/alignment/15_sft.ipynb #fa18584f
-def _save_adapter(model: torch.nn.Module, base: str, out: Path):
-    "Write an adapter in bfloat16, with the name of the model that it belongs to."
+def _adapter_of(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict]:
+    "The tensors of an adapter and its configuration, as peft saves them."
     with tempfile.TemporaryDirectory() as scratch:
         model.save_pretrained(scratch)
         tensors = load_file(Path(scratch) / "adapter_model.safetensors")
-        config = json.loads((Path(scratch) / "adapter_config.json").read_text())
+        return tensors, read_json(Path(scratch) / "adapter_config.json")
+
+
+def _save_adapter(model: torch.nn.Module, base: str, out: Path):
+    "Write an adapter in bfloat16, with the name of the model that it belongs to."
+    tensors, config = _adapter_of(model)
     tensors = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     config["base_model_name_or_path"] = base
@@ -163,6 +172,12 @@ def _check_example(lm: LM, name: str, example: Example):
         raise ValueError(f"{name} has no token that the loss counts: drop it")
 
 
+def _check_examples(lm: LM, split: str, examples: Sequence[Example]):
+    "Raise `ValueError` for the first example of a split that cannot be learned."
+    for position, example in enumerate(examples):
+        _check_example(lm, f"{split} example {position}", example)
+
+
 def _check_job(job: _Job):
     "Raise `ValueError` for a run that cannot be."
     if not len(job.train) or not len(job.dev):
@@ -170,12 +185,13 @@ def _check_job(job: _Job):
             f"there are {len(job.train)} train and {len(job.dev)} dev examples: give at least one "
             "of each"
         )
-    for split in ("train", "dev"):
-        for position, example in enumerate(getattr(job, split)):
-            _check_example(job.lm, f"{split} example {position}", example)
-    _check_start(job.lm, job.settings, job.start)
+    _check_examples(job.lm, "train", job.train)
+    _check_examples(job.lm, "dev", job.dev)
+    _check_untuned(job.lm)
+    if job.start:
+        _check_start(job.start, job.settings)
 
-# %% ../../nbs/alignment/15_sft.ipynb #dcffd3df
+# %% ../../nbs/alignment/15_sft.ipynb #ac0936ed
 def _resume(state: dict | None, checkpoints: Path) -> tuple[str | None, float]:
     "The checkpoint to go on from, and the minutes that the run has taken; None: from the start."
     if state is None:
@@ -211,6 +227,16 @@ def _finish(model: torch.nn.Module, job: _Job, checkpoints: Path, state: dict):
     shutil.rmtree(checkpoints, ignore_errors=True)
 
 
+def _run(job: _Job):
+    "Train, from the newest whole checkpoint or from the start, and write what was trained."
+    process_policy("training")
+    torch.manual_seed(job.settings.seed)
+    model = _trainable(job.lm, job.settings, job.start)
+    checkpoints = job.out / "checkpoints"
+    state = _train(model, job, checkpoints)
+    _finish(model, job, checkpoints, state)
+
+
 @contextmanager
 def _tuned(job: _Job, about: dict | None = None) -> Iterator[pd.DataFrame]:
     "Hold the run's folder, see that the run is finished, and give its log; `about` is kept there."
@@ -219,11 +245,7 @@ def _tuned(job: _Job, about: dict | None = None) -> Iterator[pd.DataFrame]:
         if about:
             write_json(job.out / "sft.json", about)
         if not finished:
-            process_policy("training")
-            torch.manual_seed(job.settings.seed)
-            model = _trainable(job.lm, job.settings, job.start)
-            checkpoints = job.out / "checkpoints"
-            _finish(model, job, checkpoints, _train(model, job, checkpoints))
+            _run(job)
         yield read_log(job.out)
 
 # %% ../../nbs/alignment/15_sft.ipynb #11ee6b10
@@ -244,10 +266,21 @@ def fine_tune(
     where `out` holds another run or a damaged one; `RuntimeError` where another process works in
     `out`, `FloatingPointError` when losses or weights are no longer numbers.
     """
-    with _tuned(_Job(lm, train, dev, Path(out), settings, start, progress)) as log:
+    job = _Job(lm, train, dev, Path(out), settings, start, progress)
+    with _tuned(job) as log:
         return log
 
 # %% ../../nbs/alignment/15_sft.ipynb #d22099b9
+def _lessons(
+    lm: LM, task: AnnotatedTexts, label_order: str, seed: int, epochs: int
+) -> list[Example]:
+    "One example per text and epoch."
+    examples = []
+    for epoch in range(epochs):
+        examples.extend(list_examples(lm, task, label_order, seed + epoch))
+    return examples
+
+
 def _dev_texts(task: AnnotatedTexts, dev: AnnotatedTexts | None) -> AnnotatedTexts:
     "Up to 200 texts to measure the dev loss on: of `dev`, or of the task's dev split."
     if dev is None:
@@ -258,6 +291,15 @@ def _dev_texts(task: AnnotatedTexts, dev: AnnotatedTexts | None) -> AnnotatedTex
     return dev.sample(min(200, len(dev)), seed=0)
 
 # %% ../../nbs/alignment/15_sft.ipynb #cafd26c9
+def _read_about(folder: Path) -> dict:
+    "What `fit_sft` wrote of the task."
+    if not (folder / "sft.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} has no sft.json, so no run of fit_sft: read the model with load_lm"
+        )
+    return read_json(folder / "sft.json")
+
+# %% ../../nbs/alignment/15_sft.ipynb #9e19c43d
 @dataclass
 class SFT:
     "A language model tuned to write a task's labels; made by `fit_sft`, kept in its folder."
@@ -291,26 +333,7 @@ class SFT:
         about = _read_about(Path(folder))
         return cls(load_lm(folder, dtype=dtype), about["label_order"], read_log(folder))
 
-
-def _read_about(folder: Path) -> dict:
-    "What `fit_sft` wrote of the task."
-    if not (folder / "sft.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} has no sft.json, so no run of fit_sft: read the model with load_lm"
-        )
-    return read_json(folder / "sft.json")
-
 # %% ../../nbs/alignment/15_sft.ipynb #6b64bf28
-def _lessons(
-    lm: LM, task: AnnotatedTexts, label_order: str, seed: int, epochs: int
-) -> list[Example]:
-    "One example per text and epoch."
-    examples = []
-    for epoch in range(epochs):
-        examples.extend(list_examples(lm, task, label_order, seed + epoch))
-    return examples
-
-
 def fit_sft(
     task_train: AnnotatedTexts,  # the train split
     lm: LM,  # is changed: load it anew for other uses

@@ -56,6 +56,13 @@ def _in_demonstrated_answers(lm: LM, prompt: Prompt) -> list[bool]:
     return [_is_inside(first, spans) for first, _ in encoded.offset_mapping]
 
 # %% ../../nbs/alignment/13_sft_examples.ipynb #954be2ee
+def _answer_ids(lm: LM, chosen: Sequence[str], labels: LabelSet) -> list[int]:
+    "Token ids of the list of the labels chosen, and the end of the text."
+    ordered = [name for name in labels if name in chosen]
+    answer = "\n" + FORMATS["json"].render(ordered, labels)
+    return [*lm.encode_text(answer), lm.tokenizer.eos_token_id]
+
+
 def sft_example(
     lm: LM,
     text: str,
@@ -72,9 +79,7 @@ def sft_example(
     if score_demonstrations:
         scored = _in_demonstrated_answers(lm, prompt)
 
-    ordered = [name for name in labels if name in chosen]
-    answer = "\n" + FORMATS["json"].render(ordered, labels)
-    answer_ids = [*lm.encode_text(answer), lm.tokenizer.eos_token_id]
+    answer_ids = _answer_ids(lm, chosen, labels)
     return Example(prompt_ids + answer_ids, scored + [True] * len(answer_ids))
 
 # %% ../../nbs/alignment/13_sft_examples.ipynb #45f60603
@@ -128,18 +133,18 @@ def _targets(example: Example) -> list[int]:
     return [i if scored else IGNORED for i, scored in zip(example.ids, example.scored)]
 
 
+def _filled_up(rows: Sequence[list[int]], value: int) -> torch.Tensor:
+    "The rows as one tensor (rows, tokens), short ones filled up with a value."
+    width = max(map(len, rows))
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows])
+
+
 def _padded_rows(batch: Sequence[Example], pad: int) -> _Rows:
     "One row per example, filled up to the longest one."
-    width = max(len(example.ids) for example in batch)
-    ids = torch.full((len(batch), width), pad)
-    mask = torch.zeros_like(ids)
-    target = torch.full_like(ids, IGNORED)
-    for row, example in enumerate(batch):
-        length = len(example.ids)
-        ids[row, :length] = torch.tensor(example.ids)
-        mask[row, :length] = 1
-        target[row, :length] = torch.tensor(_targets(example))
-    predictor = (torch.arange(width) - 1).expand(len(batch), -1)
+    ids = _filled_up([example.ids for example in batch], pad)
+    mask = _filled_up([[1] * len(example.ids) for example in batch], 0)
+    target = _filled_up([_targets(example) for example in batch], IGNORED)
+    predictor = (torch.arange(ids.shape[1]) - 1).expand(len(batch), -1)
     return _Rows({"input_ids": ids, "attention_mask": mask}, target, predictor)
 
 # %% ../../nbs/alignment/13_sft_examples.ipynb #f39876d7

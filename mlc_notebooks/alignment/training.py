@@ -47,7 +47,7 @@ def check_at_least(settings: object, least: dict[str, int]) -> None:
     for name, bound in least.items():
         check_whole(name, getattr(settings, name), least=bound)
 
-
+# %% ../../nbs/alignment/14_training.ipynb #eef33f6f
 @dataclass(frozen=True)
 class TuningSettings:
     "Hyperparameters of a training run; raises `ValueError` for one that makes no sense."
@@ -247,7 +247,7 @@ def _training_arguments(folder: Path, settings: TuningSettings, steps: int, devi
         **_rhythm(settings),
     )
 
-# %% ../../nbs/alignment/14_training.ipynb #37c0f914
+# %% ../../nbs/alignment/14_training.ipynb #a3873e44
 def _set_callbacks(trainer, settings: TuningSettings, progress: bool):
     "Give a Trainer our callbacks instead of its own."
     from transformers import EarlyStoppingCallback, PrinterCallback

@@ -149,7 +149,7 @@ def _damage_of_run(folder: Path) -> str | None:
         return "its weights are missing"
     return None
 
-
+# %% ../../nbs/alignment/13b_training_folders.ipynb #4b1a4e03
 def check_files(folder: Path) -> None:
     "Nothing where a finished run is whole; else raises `ValueError`, which names the file."
     wrong = _damage_of_run(folder)
