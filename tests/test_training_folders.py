@@ -164,7 +164,7 @@ def test_killed_at_operations_on_files(train, whole, tmp_path, kind):
             break
         assert child.exitcode == -signal.SIGKILL
         kills += 1
-        count += rng.randrange(1, 25)
+        count += rng.randrange(5, 40)
     assert kills >= 3
     assert bits(tmp_path / "run", kind) == whole[kind]
     assert not list((tmp_path / "run").glob("**/*.part"))
@@ -172,12 +172,12 @@ def test_killed_at_operations_on_files(train, whole, tmp_path, kind):
 
 
 @pytest.mark.filterwarnings("ignore:.*The training goes on from")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sft", "rl"])
 def test_killed_at_any_moment(train, whole, tmp_path, kind):
     rng, kills = random.Random(kind), 0
     while True:
         child = in_child(train, kind, tmp_path / "run")
-        time.sleep(rng.random() * 0.4 * (kills + 1))
+        time.sleep(rng.random() * 0.6 * (kills + 1))
         child.kill()
         child.join(60)
         if child.exitcode == 0:

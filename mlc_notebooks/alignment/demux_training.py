@@ -263,14 +263,16 @@ def _run(model: Demux, rows: list[dict], dev_rows: list[dict], out: Path, progre
         return model
 
 # %% ../../nbs/alignment/19_demux_training.ipynb #40093ac2
-def _check_hyperparameters(made: dict):
-    "Raise `ValueError` for a number that makes no sense."
-    for name in ("epochs", "patience", "batch_size", "max_tokens"):
-        check_whole(name, made[name], least=1)
-    check_number("learning_rate", made["learning_rate"], above=0)
-    check_number("alpha", made["alpha"], least=0, most=1)
-    check_number("warmup", made["warmup"], least=0, below=1)
-    check_seed(made["seed"])
+def _checked(given: dict) -> dict:
+    "The hyperparameters as numbers of Python; raises `ValueError` for one that makes no sense."
+    made = dict(given)
+    for name in ("epochs", "patience", "batch_size"):
+        made[name] = check_whole(name, given[name], least=1)
+    made["learning_rate"] = check_number("learning_rate", given["learning_rate"], above=0)
+    made["alpha"] = check_number("alpha", given["alpha"], least=0, most=1)
+    made["warmup"] = check_number("warmup", given["warmup"], least=0, below=1)
+    made["seed"] = check_seed(given["seed"])
+    return made
 
 
 def _add_data(
@@ -311,7 +313,8 @@ def fit_demux(
     hyperparameters = dict(soft=soft, alpha=alpha, learning_rate=learning_rate)
     hyperparameters |= dict(batch_size=batch_size, epochs=epochs, patience=patience)
     hyperparameters |= dict(warmup=warmup, seed=seed)
-    _check_hyperparameters(hyperparameters | {"max_tokens": max_tokens})
+    hyperparameters = _checked(hyperparameters)
+    max_tokens = check_whole("max_tokens", max_tokens, least=1)
     train, dev = _train_and_dev(task, dev, seed)
     torch.manual_seed(seed)
     model = Demux(task.labels, *load_encoder(encoder), max_tokens)

@@ -50,16 +50,21 @@ class EmotionMix:
 _Pairs = Sequence[tuple[str, tuple[str, ...]]]  # texts, each with the labels it carries
 
 
+def _fewer(names: list[str], rng: random.Random) -> list[str]:
+    "Some of the names, at least two, in alphabetical order."
+    return sorted(rng.sample(names, rng.randint(2, len(names) - 1)))
+
+
 def _instruction_labels(labels: LabelSet, mix: EmotionMix, rng: random.Random) -> LabelSet:
     "The labels that an instruction lists, in its order."
     names = list(labels)
     if len(names) < 10 and rng.random() < mix.fewer_labels:
-        names = sorted(rng.sample(names, rng.randint(2, len(names) - 1)))
+        names = _fewer(names, rng)
     if rng.random() < mix.shuffled:
         rng.shuffle(names)
     return LabelSet(names)
 
-
+# %% ../../nbs/alignment/20_emotions.ipynb #d3c03498
 def _demonstration(
     pairs: _Pairs, labels: LabelSet, several: bool, rng: random.Random
 ) -> tuple[str, list[str]]:

@@ -116,18 +116,22 @@ def _read_prompts(
     return logits, cache, seen.repeat_interleave(group, 0)
 
 # %% ../../nbs/alignment/16_policy_gradient.ipynb #3a774927
+def _next_positions(ids: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    "Positions (answers, tokens) of the next tokens in their texts, after those in the cache."
+    count = ids.shape[1]
+    before = seen[:, : seen.shape[1] - count].sum(1, keepdim=True)
+    return before + torch.arange(count, device=ids.device)
+
+
 def _read_on(
     model: torch.nn.Module, ids: torch.Tensor, seen: torch.Tensor, cache: DynamicCache
 ) -> torch.Tensor:
     """Logits after each of the next tokens, `ids` (answers, tokens), that follow on what the cache
     holds; `seen` is the mask of all tokens, the next ones included."""
-    count = ids.shape[1]
-    before = seen[:, : seen.shape[1] - count].sum(1, keepdim=True)
-    positions = before + torch.arange(count, device=ids.device)
     return model(
         input_ids=ids,
         attention_mask=seen,
-        position_ids=positions,
+        position_ids=_next_positions(ids, seen),
         **{cache_name(model): cache},
     ).logits
 

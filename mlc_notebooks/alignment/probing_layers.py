@@ -94,13 +94,18 @@ def _sides(truth: pd.DataFrame, held: pd.Series) -> tuple[pd.DataFrame, pd.DataF
 
 
 def _predict_majority(truth: pd.DataFrame, held: pd.Series) -> HeldOut:
-    "The most frequent label set of the training part; of ties the first in the order of 0/1 rows."
+    "The most frequent label set of the training part."
     train, test = _sides(truth, held)
     predicted = test.copy()
     if len(test):
-        sets, counts = np.unique(train.to_numpy(), axis=0, return_counts=True)
-        predicted[:] = sets[counts.argmax()]
+        predicted[:] = _most_frequent(train.to_numpy())
     return HeldOut(test, predicted.astype(float), predicted)
+
+
+def _most_frequent(rows: np.ndarray) -> np.ndarray:
+    "The row that stands there most often; of ties the first in the order of 0/1 rows."
+    sets, counts = np.unique(rows, axis=0, return_counts=True)
+    return sets[counts.argmax()]
 
 # %% ../../nbs/alignment/11b_probing_layers.ipynb #7cecf413
 def _likely(prob: np.ndarray, labels: LabelSet) -> np.ndarray:
@@ -189,9 +194,14 @@ def _without_layer(targets: dict, held: pd.Series) -> dict[tuple[int, str, str],
     found = {}
     for name, truth in targets.items():
         found[-1, name, "majority"] = _predict_majority(truth, held)
-    outputs = targets["Pred"][held]
-    found[-1, "Perf", "outputs"] = HeldOut(targets["Gold"][held], outputs.astype(float), outputs)
+    found[-1, "Perf", "outputs"] = _own_answers(targets, held)
     return found
+
+
+def _own_answers(targets: dict, held: pd.Series) -> HeldOut:
+    "The model's own answers about the held-out items, beside gold."
+    outputs = targets["Pred"][held]
+    return HeldOut(targets["Gold"][held], outputs.astype(float), outputs)
 
 # %% ../../nbs/alignment/11b_probing_layers.ipynb #93494491
 def probe_predictions(

@@ -63,7 +63,8 @@ class _Settings:
 
     def __post_init__(self):
         one_to_compare_with = 2  # an answer is compared with others to the same text
-        check_at_least(self, {"group": one_to_compare_with, "steps": 1, "texts": 1, "r": 1})
+        least = {"group": one_to_compare_with, "steps": 1, "texts": 1, "r": 1, "seed": 0}
+        check_at_least(self, least)
         check_number("learning_rate", self.learning_rate, above=0)
         check_number("beta", self.beta, least=0)
         check_number("alpha", self.alpha, above=0)

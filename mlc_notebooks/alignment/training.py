@@ -43,9 +43,13 @@ def check_seed(seed: int) -> int:
 
 
 def check_at_least(settings: object, least: dict[str, int]) -> None:
-    "Nothing; raises `ValueError` for an attribute that is no whole number of at least its bound."
+    """Nothing; whole numbers of numpy among these attributes become Python's.
+
+    Raises `ValueError` for an attribute that is no whole number of at least its bound.
+    """
     for name, bound in least.items():
-        check_whole(name, getattr(settings, name), least=bound)
+        value = check_whole(name, getattr(settings, name), least=bound)
+        object.__setattr__(settings, name, value)  # also where the class is frozen
 
 # %% ../../nbs/alignment/14_training.ipynb #eef33f6f
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class TuningSettings:
         check_seed(self.seed)
         check_number("alpha", self.alpha, above=0)
         check_number("learning_rate", self.rate, above=0)
-        check_at_least(self, {"batch_size": 1, "dev_every": 1})
+        check_at_least(self, {"batch_size": 1, "dev_every": 1, "seed": 0})
         for name in ("r", "patience"):
             if getattr(self, name) is not None:
                 check_at_least(self, {name: 1})
@@ -291,10 +295,10 @@ def answer_trainer(
 def log_table(history: Sequence[dict]) -> pd.DataFrame:
     """The losses of a Trainer's log: step, train_loss, dev_loss (nats per answer token), minutes;
     one row per step at which something was measured."""
-    rows = pd.DataFrame(history).reindex(columns=["step", "loss", "eval_loss", "minutes"])
-    measured = rows[["loss", "eval_loss"]].notna().any(axis=1)
-    table = rows[measured].groupby("step", as_index=False).agg("first")
-    return table.rename(columns={"loss": "train_loss", "eval_loss": "dev_loss"})
+    names = {"loss": "train_loss", "eval_loss": "dev_loss"}
+    rows = pd.DataFrame(history).reindex(columns=["step", *names, "minutes"])
+    measured = rows.dropna(subset=list(names), how="all")
+    return measured.groupby("step", as_index=False).agg("first").rename(columns=names)
 
 # %% ../../nbs/alignment/14_training.ipynb #f6c39b4d
 def _state_of(checkpoint: Path) -> dict:

@@ -42,11 +42,16 @@ def _on_disk(path: Path):
         os.fsync(file.fileno())
 
 
+def _files_in(folder: Path) -> list[Path]:
+    "All files in a folder and below."
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 def confirm_files(folder: Path) -> None:
     "Nothing; `files.json` lists all files in `folder` and below, each with its sha256."
     hashes = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != FILE_LIST:
+    for path in _files_in(folder):
+        if path.name != FILE_LIST:
             _on_disk(path)
             hashes[path.relative_to(folder).as_posix()] = _sha256(path)
     write_json(folder / FILE_LIST, hashes)
@@ -69,11 +74,8 @@ def damage(folder: Path) -> str | None:
         hashes = read_json(folder / FILE_LIST)
     except ValueError:
         return f"{FILE_LIST} is damaged"
-    for name, expected in hashes.items():
-        wrong = _damage_of(folder / name, expected)
-        if wrong:
-            return wrong
-    return None
+    found = (_damage_of(folder / name, expected) for name, expected in hashes.items())
+    return next(filter(None, found), None)
 
 # %% ../../nbs/alignment/13b_training_folders.ipynb #cc9a14b0
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -116,8 +118,7 @@ def _log_last(path: Path) -> tuple[bool, bool, bool, str]:
 def _move_files(aside: Path, folder: Path):
     "Move all files; `log.csv`, if there is one, is gone from `folder` until the end."
     (folder / "log.csv").unlink(missing_ok=True)
-    files = [path for path in aside.rglob("*") if path.is_file()]
-    for path in sorted(files, key=_log_last):
+    for path in sorted(_files_in(aside), key=_log_last):
         target = folder / path.relative_to(aside)
         target.parent.mkdir(exist_ok=True)
         path.replace(target)
