@@ -164,7 +164,7 @@ def test_killed_at_operations_on_files(train, whole, tmp_path, kind):
             break
         assert child.exitcode == -signal.SIGKILL
         kills += 1
-        count += rng.randrange(5, 40)
+        count += rng.randrange(3, 25)
     assert kills >= 3
     assert bits(tmp_path / "run", kind) == whole[kind]
     assert not list((tmp_path / "run").glob("**/*.part"))
