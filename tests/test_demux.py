@@ -341,13 +341,13 @@ def test_an_interrupted_run_ends_with_the_same_weights(tiny, tmp_path, monkeypat
     interrupted_after(monkeypatch, steps, lambda: fit(tiny, task, out=tmp_path / "parts"))
     assert not (tmp_path / "parts" / "model.safetensors").exists()
     if torn:
-        (tmp_path / "parts" / "checkpoint-12" / "trainer_state.json").unlink()
+        (tmp_path / "parts" / "checkpoints" / "checkpoint-12" / "trainer_state.json").unlink()
     torch.randn(5)  # whatever happened between the two calls
     resumed = fit(tiny, task, out=tmp_path / "parts")
     for (name, one), other in zip(whole.state_dict().items(), resumed.state_dict().values()):
         assert torch.equal(one, other), name
     pd.testing.assert_frame_equal(whole.log, resumed.log)
-    assert not list((tmp_path / "parts").glob("checkpoint-*"))
+    assert not (tmp_path / "parts" / "checkpoints").exists()
 
 
 def test_early_stopping_is_resumed_too(tiny, tmp_path, monkeypatch):
@@ -442,8 +442,19 @@ def test_items_nobody_annotated_are_left_out(tiny):
 
 
 def test_nonsense_settings(tiny):
-    for wrong in ({"epochs": 0}, {"alpha": 1.5}, {"batch_size": 0}):
-        with pytest.raises(ValueError, match="must be at least 1"):
+    for wrong in (
+        {"epochs": 0},
+        {"patience": 1.5},
+        {"alpha": 1.5},
+        {"alpha": math.nan},
+        {"batch_size": 0},
+        {"learning_rate": -1.0},
+        {"warmup": 1.0},
+        {"max_tokens": 0},
+        {"seed": -1},
+    ):
+        [(name, value)] = wrong.items()
+        with pytest.raises(ValueError, match=f"^{name} is {value}: give"):
             fit(tiny, made_task(4), **wrong)
 
 

@@ -184,6 +184,7 @@ def test_a_run_raises_its_reward_and_load_lm_finds_it(tiny, letter_reward, tmp_p
     assert sorted(p.name for p in (tmp_path / "rl").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "files.json",
         "log.csv",
         "run.lock",
         "settings.json",
@@ -255,6 +256,11 @@ def test_what_cannot_be_trained_on_is_refused(tiny, tmp_path, monkeypatch):
         fit_rl(made_task(test=made_task()), tiny, tmp_path / "b", **SHORT)
     with pytest.raises(ValueError, match="group is 1"):
         fit_rl(made_task(), tiny, tmp_path / "c", **{**SHORT, "group": 1})
+    for name, value in dict(steps=0, texts=1.5, r=0, learning_rate=0, alpha=0, seed=-1).items():
+        with pytest.raises(ValueError, match=f"^{name} is {value}: give"):
+            fit_rl(made_task(), tiny, tmp_path / "c", **{**SHORT, name: value})
+    with pytest.raises(ValueError, match="beta is nan: give a number of at least 0"):
+        fit_rl(made_task(), tiny, tmp_path / "c", **{**SHORT, "beta": float("nan")})
     tiny.context_length = 40
     with pytest.raises(ValueError, match="item 't0'"):
         fit_rl(made_task(), tiny, tmp_path / "d", **SHORT)

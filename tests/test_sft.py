@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mlc_notebooks.alignment import (
     SFT,
+    Example,
     TuningSettings,
     answer_loss,
     fine_tune,
@@ -77,7 +78,7 @@ def test_label_orders(base_lm):
 
     assert '["fear", "joy"]' in said("alphabetical", 0)
     assert len({said("shuffled", seed) for seed in range(8)}) > 1
-    with pytest.raises(ValueError, match="unknown label_order 'random'"):
+    with pytest.raises(ValueError, match="label_order is 'random'"):
         list_examples(base_lm, task, "random")
 
 
@@ -228,6 +229,61 @@ def test_bad_input_is_met_before_work(tiny, examples, tmp_path):
     with pytest.raises(ValueError, match="no dev split"):
         fit_sft(alone, lm, tmp_path / "c")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("r", 0),
+        ("r", 2.5),
+        ("alpha", float("nan")),
+        ("learning_rate", 0),
+        ("learning_rate", "1e-3"),
+        ("batch_size", 0),
+        ("batch_size", None),
+        ("dev_every", 0),
+        ("patience", 0),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("seed", True),
+    ],
+)
+def test_settings_that_make_no_sense(name, value):
+    with pytest.raises(ValueError, match=f"^{name} is {value!r}: give a (whole )?number"):
+        TuningSettings(**{name: value})
+
+
+def test_examples_and_models_that_cannot_be_trained(tiny, examples, tmp_path):
+    lm = load_lm(tiny)
+    long = Example([5] * 513, [False] * 512 + [True])
+    with pytest.raises(ValueError, match="train example 1 has 513 tokens, and .* reads 512"):
+        fine_tune(lm, [examples[0], long], examples[:2], tmp_path / "a")
+    with pytest.raises(ValueError, match="dev example 0 has no token that the loss counts"):
+        fine_tune(lm, examples, [Example([1, 2], [False, False])], tmp_path / "a")
+    with pytest.raises(ValueError, match="start is .*nowhere.*: it holds no adapter_model"):
+        fine_tune(lm, examples, examples, tmp_path / "a", start=tmp_path / "nowhere")
+    task = load_task("goemotions")
+    with pytest.raises(ValueError, match="epochs is 0: give a whole number of at least 1"):
+        fit_sft(task.split("train"), lm, tmp_path / "a", epochs=0)
+    with pytest.raises(ValueError, match="must be the same"):
+        fit_sft(task.split("train"), lm, tmp_path / "a", dev=load_task("brighter-eng"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tuned_model_is_not_taken_for_the_one_that_was_loaded(tiny, examples, tmp_path):
+    """A second adapter, trained on top of the first, would be saved for the model without it; and
+    what is continued must begin with the same weights.
+    """
+    settings = TuningSettings(r=2, batch_size=8, dev_every=5)
+    lm = load_lm(tiny)
+    fine_tune(lm, examples, examples[:4], tmp_path / "a", settings, progress=False)
+    assert lm.name == str(tmp_path / "a")
+    with pytest.raises(ValueError, match="holds the adapter of an earlier training: load"):
+        fine_tune(lm, examples, examples[:4], tmp_path / "b", settings, progress=False)
+    other = load_lm(tiny)
+    other.model.lm_head.weight.data *= 2
+    with pytest.raises(ValueError, match="weights was "):
+        fine_tune(other, examples, examples[:4], tmp_path / "a", settings, progress=False)
 
 
 def test_fit_sft_learns_no_text_of_another_split(tiny, tmp_path):

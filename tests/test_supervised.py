@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.optimize import minimize
+from scipy.sparse import csr_matrix
 from scipy.special import expit
 from sklearn.decomposition import TruncatedSVD
 from sklearn.linear_model import LogisticRegression
@@ -213,6 +214,65 @@ def test_predictions_follow_the_order_of_the_tasks_labels():
     pd.testing.assert_frame_equal(words.predict(turned), words.predict(test)[list(turned.labels)])
     with pytest.raises(ValueError, match="was fitted on"):
         words.predict(load_task("brighter-eng").sample(3, seed=0))
+
+
+def test_rows_that_are_refused(points):
+    x, q = points
+    broken = x.copy()
+    broken[3, 1] = np.nan
+    shares = q.copy()
+    shares[5, 0] = 1.5
+    for features, targets, message in (
+        (broken, q, "features of row 3 are not finite numbers"),
+        (csr_matrix(np.where(np.isnan(broken), np.inf, broken)), q, "features of row 3"),
+        (x, shares, "targets of row 5 are .* give 0 to 1"),
+        (x, np.where(shares > 1, np.nan, shares), "targets of row 5"),
+        (x[:3], q, r"shape \(3, 5\) and targets \(80, 2\)"),
+        (x[:0], q[:0], "a row per text, and at least one"),
+        (x, q[:, :1], r"give \(n, d\) and \(n, 2\)"),
+        (x[0], q, r"shape \(5,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit_linear(features, targets, LABELS)
+    with pytest.raises(ValueError, match="row 3 are not finite"):
+        fit_on_states(broken, q, LABELS)
+    for C in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match=f"C is {C}: give a number above 0"):
+            fit_linear(x, q, LABELS, C=C)
+    with pytest.raises(ValueError, match="there are 3 features, and the model was fitted on 5"):
+        fit_linear(x, q, LABELS)(x[:, :3])
+
+
+def test_a_layer_that_is_not_there(base_lm):
+    few = load_task("goemotions").split("train").select(range(2))
+    for layer in (31, -32, 0.5, "last"):
+        with pytest.raises(ValueError, match=f"layer is {layer!r}: give a whole number"):
+            fit_probe(few, base_lm, layer=layer, progress=False)
+
+
+def test_damaged_predictors_are_refused(tmp_path):
+    words = fit_words(load_task("goemotions").split("train").sample(60, seed=0))
+    words.save(tmp_path)
+    numbers = tmp_path / "predictor.safetensors"
+    before = bytearray(numbers.read_bytes())
+    before[-1] ^= 1
+    for content in (b"", bytes(before[:-9]), bytes(before)):
+        numbers.write_bytes(content)
+        with pytest.raises(ValueError, match="predictor.safetensors is gone or damaged"):
+            WordRegression.load(tmp_path)
+    numbers.unlink()
+    with pytest.raises(ValueError, match="fit the predictor again"):
+        WordRegression.load(tmp_path)
+    (tmp_path / "predictor.json").write_text("")
+    with pytest.raises(ValueError, match="predictor.json is damaged"):
+        WordRegression.load(tmp_path)
+
+
+def test_texts_without_words():
+    with pytest.raises(ValueError, match="the 2 training texts have no words to learn from"):
+        fit_words(texts("r", ["!", "?"], [[1, 0], [0, 1]]))
+    with pytest.raises(ValueError, match=r"encode made an array of the shape \(1, 26\) from 2"):
+        fit_neighbours(texts("r", ["a", "b"], [[1, 0], [0, 1]]), lambda t: bag(t)[:1], k=1)
 
 
 def test_neighbours_are_their_mean_annotation():

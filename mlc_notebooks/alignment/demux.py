@@ -8,7 +8,6 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/demux.html.md"""
 __all__ = ['label_question', 'label_tokens', 'pair_penalty', 'demux_loss', 'DemuxNetwork', 'Demux']
 
 # %% ../../nbs/alignment/18_demux.ipynb #ee53ad2a
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,14 @@ import torch
 from safetensors.torch import load_model, save_model
 from tqdm.auto import tqdm
 
-from .linear import check_same_labels, marginals_table, write_json
+from mlc_notebooks.alignment.linear import (
+    check_same_labels,
+    marginals_table,
+    read_json,
+    write_json,
+)
+from .training_folders import check_files, read_log, written_aside
+from ..data.checks import check_whole
 from ..data.labels import LabelSet
 from ..data.prompts import check_texts
 from ..data.texts import AnnotatedTexts
@@ -30,44 +36,53 @@ def label_question(labels: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
     "The question `l1, l2 or l3?`, and for each label where its characters begin and end."
     text = ""
     places = []
-    last = len(labels) - 1
     for position, name in enumerate(labels):
-        if 0 < position < last:
-            text += ", "
-        elif position > 0:
-            text += " or "
+        if position:
+            text += " or " if position == len(labels) - 1 else ", "
         places.append((len(text), len(text) + len(name)))
         text += name
     return text + "?", places
 
 # %% ../../nbs/alignment/18_demux.ipynb #9a936942
+def _check_tokenizer(tokenizer):
+    "Raise `ValueError` for a tokenizer without offsets or with padding on the left."
+    if not tokenizer.is_fast or tokenizer.padding_side != "right":
+        raise ValueError(
+            "Demux needs a fast tokenizer (one that reports offsets) that pads on the right"
+        )
+
+
+def _question_offsets(tokenizer, question: str) -> dict[int, tuple[int, int]]:
+    "For each position of a token of the question: where its characters begin and end."
+    pair = tokenizer(question, "x", return_offsets_mapping=True, split_special_tokens=True)
+    offsets = {}
+    for at, sequence in enumerate(pair.sequence_ids()):
+        if sequence == 0:
+            offsets[at] = pair["offset_mapping"][at]
+    return offsets
+
+
+def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    "Whether two spans of characters have one in common."
+    return max(one[0], other[0]) < min(one[1], other[1])
+
+
 def label_tokens(tokenizer, labels: Sequence[str]) -> list[list[int]]:
     """For each label the positions of its tokens in `question + text`, whatever the text.
 
     Raises `ValueError` for a tokenizer without offsets or with padding on the left, for a label
     without a token, and for two labels that share one.
     """
-    if not tokenizer.is_fast or tokenizer.padding_side != "right":
-        raise ValueError(
-            "Demux needs a fast tokenizer (one that reports offsets) that pads on the right"
-        )
+    _check_tokenizer(tokenizer)
     question, places = label_question(labels)
-    pair = tokenizer(question, "x", return_offsets_mapping=True, split_special_tokens=True)
-    offsets = pair["offset_mapping"]
-    of_question = [at for at, sequence in enumerate(pair.sequence_ids()) if sequence == 0]
-
+    offsets = _question_offsets(tokenizer, question)
     found = []
-    for start, end in places:
-        inside = []
-        for at in of_question:
-            first, last = offsets[at]
-            if max(first, start) < min(last, end):
-                inside.append(at)
-        found.append(inside)
+    for place in places:
+        found.append([at for at, span in offsets.items() if _overlap(span, place)])
     _check_own_tokens(labels, found)
     return found
 
-
+# %% ../../nbs/alignment/18_demux.ipynb #66c35c24
 def _check_own_tokens(labels: Sequence[str], found: list[list[int]]):
     "Raise `ValueError` for a label without a token, and for labels that share one."
     for name, positions in zip(labels, found):
@@ -76,16 +91,22 @@ def _check_own_tokens(labels: Sequence[str], found: list[list[int]]):
                 f"the tokenizer has no token for the label {name!r}: rename it, or take another "
                 "encoder"
             )
-    uses = Counter(at for positions in found for at in positions)
-    shared = []
-    for name, positions in zip(labels, found):
-        if any(uses[at] > 1 for at in positions):
-            shared.append(name)
+    shared = _sharing(labels, found)
     if shared:
         raise ValueError(
             f"the labels {shared} share a token of the question: rename one, or take another "
             "encoder"
         )
+
+
+def _sharing(labels: Sequence[str], found: list[list[int]]) -> list[str]:
+    "The labels with a token that is another label's too."
+    uses = Counter(at for positions in found for at in positions)
+    shared = []
+    for name, positions in zip(labels, found):
+        if any(uses[at] > 1 for at in positions):
+            shared.append(name)
+    return shared
 
 # %% ../../nbs/alignment/18_demux.ipynb #24403078
 def _mean_exp(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -102,7 +123,7 @@ def pair_penalty(
     count = logits.shape[1]
     first, second = torch.triu_indices(count, count, offset=1, device=logits.device)
     sums = logits[:, first] + logits[:, second]
-    both_absent = ~present[:, first] & ~present[:, second]
+    both_absent = ~(present[:, first] | present[:, second])
     both_present = present[:, first] & present[:, second]
     return (_mean_exp(sums, both_absent) + _mean_exp(-sums, both_present)) / 2
 
@@ -173,16 +194,21 @@ class _TextDemux(DemuxNetwork):
     "A network with its labels and tokenizer: from texts to marginals."
 
     def __init__(self, labels: LabelSet, encoder, tokenizer, max_tokens: int = 256):
+        check_whole("max_tokens", max_tokens, least=1)
         super().__init__(encoder, label_tokens(tokenizer, labels.names))
         self.labels = labels
         self.tokenizer = tokenizer
         self.question, _ = label_question(labels.names)
         self.max_tokens = _most_tokens(encoder, tokenizer, max_tokens)
-        shortest = tokenizer(self.question, "x", split_special_tokens=True)["input_ids"]
+        self._check_room()
+
+    def _check_room(self):
+        "Raise `ValueError` where question and text do not both fit."
+        shortest = self.tokenizer(self.question, "x", split_special_tokens=True)["input_ids"]
         if len(shortest) > self.max_tokens:
             raise ValueError(
-                f"the {len(labels)} labels leave no room for a text: {len(shortest)} tokens with "
-                f"one of the text, and max_tokens is {self.max_tokens}"
+                f"the {len(self.labels)} labels leave no room for a text: {len(shortest)} tokens "
+                f"with one of the text, and max_tokens is {self.max_tokens}"
             )
 
     def encode(self, ids: Sequence[str], texts: Sequence[str]) -> tuple[list[dict], list[str]]:
@@ -202,34 +228,47 @@ class _TextDemux(DemuxNetwork):
         cut = [item for item, one in zip(ids, pairs.encodings) if one.overflowing]
         return rows, cut
 
-    @torch.inference_mode()
-    def logits(self, rows: list[dict], batch_size: int = 32, progress: bool = False) -> np.ndarray:
-        "Logits (n, L) of inputs that `encode` made, computed in batches of similar length."
-        longest_first = np.argsort([-len(row["input_ids"]) for row in rows], kind="stable")
-        logits = np.zeros((len(rows), len(self.labels)))
-        starts = range(0, len(rows), batch_size)
-        for start in tqdm(starts, desc="demux", unit="batch", **bar_options(progress)):
-            chosen = longest_first[start : start + batch_size]
-            columns = {key: [rows[i][key] for i in chosen] for key in rows[0]}
-            inputs = self.tokenizer.pad(columns, return_tensors="pt")
-            logits[chosen] = self(**inputs.to(self.encoder.device)).cpu().numpy()
-        return logits
+# %% ../../nbs/alignment/18_demux.ipynb #8f6cd5f5
+def _longest_first(rows: list[dict]) -> np.ndarray:
+    "Positions of the rows, the longest first."
+    return np.argsort([-len(row["input_ids"]) for row in rows], kind="stable")
+
+# %% ../../nbs/alignment/18_demux.ipynb #6dd4325d
+def _padded(model: _TextDemux, batch: list[dict]):
+    "The model's inputs for a batch of rows, on its device."
+    columns = {key: [row[key] for row in batch] for key in batch[0]}
+    inputs = model.tokenizer.pad(columns, return_tensors="pt")
+    return inputs.to(model.encoder.device)
+
+
+@torch.inference_mode()
+def _logits(
+    model: _TextDemux, rows: list[dict], batch_size: int = 32, progress: bool = False
+) -> np.ndarray:
+    "Logits (n, L) of inputs that `encode` made, computed in batches of similar length."
+    check_whole("batch_size", batch_size, least=1)
+    order = _longest_first(rows)
+    logits = np.zeros((len(rows), len(model.labels)))
+    starts = range(0, len(rows), batch_size)
+    for start in tqdm(starts, desc="demux", unit="batch", **bar_options(progress)):
+        chosen = order[start : start + batch_size]
+        inputs = _padded(model, [rows[i] for i in chosen])
+        logits[chosen] = model(**inputs).cpu().numpy()
+    return logits
 
 # %% ../../nbs/alignment/18_demux.ipynb #f1369831
 class Demux(_TextDemux):
-    """An encoder that reads labels and text, and one head on the mean of each label's token states.
-
-    Raises `ValueError` where the labels leave no room for a text in `max_tokens`.
-    """
+    "An encoder of labels and text with a head; `ValueError` where `max_tokens` are too few."
 
     def __init__(self, labels: LabelSet, encoder, tokenizer, max_tokens: int = 256):
         super().__init__(labels, encoder, tokenizer, max_tokens)
         self.log = pd.DataFrame()  # losses by epoch
-        self.settings = {  # and those of its training
-            "labels": list(labels.names),
-            "none": labels.none,
-            "max_tokens": self.max_tokens,
-        }
+        names = dict(labels=list(labels.names), none=labels.none)
+        self.settings = names | {"max_tokens": self.max_tokens}  # and those of its training
+
+    def logits(self, rows: list[dict], batch_size: int = 32, progress: bool = False) -> np.ndarray:
+        "Logits (n, L) of inputs that `encode` made."
+        return _logits(self, rows, batch_size, progress)
 
     def predict(
         self, task: AnnotatedTexts, batch_size: int = 32, progress: bool = True
@@ -249,43 +288,51 @@ class Demux(_TextDemux):
         return table
 
     def save(self, folder: str | Path):
-        "Write weights as safetensors (last), encoder config, tokenizer, settings and log."
+        "Write weights as safetensors, encoder config, tokenizer, settings and log."
         _save(self, Path(folder))
 
     @classmethod
     def load(cls, folder: str | Path) -> "Demux":
-        """The model of a folder that `save` or a finished `fit_demux` wrote.
-
-        Raises `FileNotFoundError` where something is missing there.
-        """
+        "The model that `save` or `fit_demux` wrote; raises an error where it is not whole."
         return _load(cls, Path(folder))
 
 # %% ../../nbs/alignment/18_demux.ipynb #624f4213
 def _save(model: Demux, folder: Path):
-    "Write a model; a folder with model.safetensors is complete."
-    folder.mkdir(parents=True, exist_ok=True)
-    model.encoder.config.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
-    if len(model.log):
-        model.log.to_csv(folder / "log.csv", index=False)
-    write_json(folder / "settings.json", model.settings)
-    save_model(model, str(folder / "unfinished"))
-    (folder / "unfinished").rename(folder / "model.safetensors")
+    "Write a model; with its log, which comes last, the folder holds a finished run."
+    with written_aside(folder) as aside:
+        model.encoder.config.save_pretrained(aside)
+        model.tokenizer.save_pretrained(aside)
+        write_json(aside / "settings.json", model.settings)
+        save_model(model, str(aside / "model.safetensors"))
+        if len(model.log):
+            model.log.to_csv(aside / "log.csv", index=False)
 
 
-def _load(kind: type[Demux], folder: Path) -> Demux:
-    "Read what `_save` wrote; onto the GPU where there is one."
+def _check_folder(folder: Path):
+    "Raise an error, which says what to do, where a model is missing or damaged."
     for needed in ("settings.json", "config.json", "model.safetensors"):
         if not (folder / needed).is_file():
             raise FileNotFoundError(
                 f"{folder} holds no Demux model: it has no {needed} (an unfinished run is finished "
                 "by calling fit_demux again)"
             )
-    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    check_files(folder)
+
+
+def _untrained(kind: type[Demux], folder: Path) -> Demux:
+    "The model that a folder's settings describe, its weights not read yet."
+    settings = read_json(folder / "settings.json")
     labels = LabelSet(settings["labels"], settings["none"])
     model = kind(labels, *_load_untrained(folder), settings["max_tokens"])
-    load_model(model, str(folder / "model.safetensors"))
     model.settings = settings
+    return model
+
+
+def _load(kind: type[Demux], folder: Path) -> Demux:
+    "Read what `_save` wrote; onto the GPU where there is one."
+    _check_folder(folder)
+    model = _untrained(kind, folder)
+    load_model(model, str(folder / "model.safetensors"))
     if (folder / "log.csv").is_file():
-        model.log = pd.read_csv(folder / "log.csv")
+        model.log = read_log(folder)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -9,7 +9,6 @@ __all__ = ['fit_demux']
 
 # %% ../../nbs/alignment/19_demux_training.ipynb #b96a74ee
 import hashlib
-import json
 import shutil
 import tempfile
 from dataclasses import replace
@@ -21,8 +20,16 @@ import torch
 from safetensors.torch import load_file
 
 from .demux import Demux, demux_loss
-from .linear import check_same_labels, write_json
-from .training import newest_state, training_is_over
+from .linear import check_same_labels
+from mlc_notebooks.alignment.training import (
+    check_finite,
+    check_seed,
+    confirming_callback,
+    newest_state,
+    training_is_over,
+)
+from .training_folders import claim_run
+from ..data.checks import check_number, check_whole
 from mlc_notebooks.data.texts import (
     AnnotatedTexts,
     text_key,
@@ -30,22 +37,45 @@ from mlc_notebooks.data.texts import (
     without_other_splits,
 )
 from ..engine.memory import process_policy
-from ..engine.runs import check_same_settings, digest
+from ..engine.runs import digest
 from ..metrics.sets import example_jaccard
 from ..models.encoders import load_encoder
 
 # %% ../../nbs/alignment/19_demux_training.ipynb #7c690056
+def _draw_tenth(keys: list[str], seed: int) -> set[str]:
+    "A tenth of the keys, rounded up."
+    order = np.random.default_rng(seed).permutation(len(keys))
+    tenth = -(-len(keys) // 10)
+    return {keys[i] for i in order[:tenth]}
+
+
+def _a_tenth(train: AnnotatedTexts, seed: int) -> AnnotatedTexts:
+    "A tenth of the texts, rounded up; texts that are the same stay together."
+    drawn = _draw_tenth(sorted({text_key(text) for text in train.texts}), seed)
+    return train.select([i for i, text in enumerate(train.texts) if text_key(text) in drawn])
+
+
 def _dev_texts(task: AnnotatedTexts, train: AnnotatedTexts, seed: int) -> AnnotatedTexts:
     "Up to 500 texts of the task's own dev split, or else a tenth of the train texts."
     dev = task.splits.get("dev")
     if dev:
         return dev.sample(min(500, len(dev)), seed)
+    return _a_tenth(train, seed)
 
-    keys = sorted({text_key(text) for text in train.texts})
-    order = np.random.default_rng(seed).permutation(len(keys))
-    tenth = -(-len(keys) // 10)  # rounded up
-    drawn = {keys[i] for i in order[:tenth]}
-    return train.select([i for i, text in enumerate(train.texts) if text_key(text) in drawn])
+
+def _check_enough(task: AnnotatedTexts, train: AnnotatedTexts, dev: AnnotatedTexts):
+    "Raise `ValueError` where no text is left."
+    if not len(train) or not len(dev):
+        raise ValueError(
+            f"{task.name}: {len(train)} texts to train on and {len(dev)} to judge by are left of "
+            f"{len(task)}, after dropping those without annotations and those that stand in "
+            "another split too: give the train split, and more texts"
+        )
+
+# %% ../../nbs/alignment/19_demux_training.ipynb #a519de7b
+def _annotated(task: AnnotatedTexts) -> AnnotatedTexts:
+    "The items that somebody annotated."
+    return task.select([i for i, votes in enumerate(task.annotations) if len(votes)])
 
 
 def _train_and_dev(
@@ -56,14 +86,9 @@ def _train_and_dev(
     if dev is None:
         dev = _dev_texts(task, train, seed)
     check_same_labels(dev, task.labels)
-    dev = dev.select([i for i, votes in enumerate(dev.annotations) if len(votes)])
+    dev = _annotated(dev)
     train = without_other_splits(replace(train, splits={"dev": dev}))
-    if not len(train) or not len(dev):
-        raise ValueError(
-            f"{task.name}: {len(train)} texts to train on and {len(dev)} to judge by are left of "
-            f"{len(task)}, after dropping those without annotations and those that stand in "
-            "another split too: give the train split, and more texts"
-        )
+    _check_enough(task, train, dev)
     return train, dev
 
 # %% ../../nbs/alignment/19_demux_training.ipynb #534290b1
@@ -72,11 +97,15 @@ def _rows(model: Demux, task: AnnotatedTexts, soft: bool) -> tuple[list[dict], l
     rows, cut = model.encode(task.ids, task.texts)
     order = list(model.labels)
     present = task.majority()[order].to_numpy(bool)
-    targets = task.distribution()[order].to_numpy(np.float32) if soft else present.astype(float)
+    targets = _targets(task, order) if soft else present.astype(float)
     for row, target, majority in zip(rows, targets.tolist(), present.tolist()):
-        row["targets"] = target
-        row["present"] = majority
+        row |= {"targets": target, "present": majority}
     return rows, cut
+
+
+def _targets(task: AnnotatedTexts, order: list[str]) -> np.ndarray:
+    "The shares of annotators (n, L), labels in this order."
+    return task.distribution()[order].to_numpy(np.float32)
 
 
 def _fingerprint(module: torch.nn.Module) -> str:
@@ -86,29 +115,25 @@ def _fingerprint(module: torch.nn.Module) -> str:
         found.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     return found.hexdigest()[:16]
 
-
-def _check_run(out: Path, settings: dict):
-    "Raise `SettingsChanged` where `out` holds a run with other settings."
-    path = out / "settings.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    before["encoder"] = settings["encoder"]  # an encoder is its weights, not its name
-    check_same_settings(out, before, settings)
-
 # %% ../../nbs/alignment/19_demux_training.ipynb #f64d7bcb
+def _chosen(logits: torch.Tensor, multi: bool) -> torch.Tensor:
+    "The predicted sets (n, L) of booleans: logits of 0 and above, or the highest one."
+    if multi:
+        return logits >= 0
+    return torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1]).bool()
+
+
 def _dev_loss(
     logits: torch.Tensor, targets: torch.Tensor, present: torch.Tensor, multi: bool
 ) -> torch.Tensor:
     "Cross-entropy plus 1 - Jaccard of the predicted and the majority sets, mean over items."
-    if multi:
-        chosen = logits >= 0
-    else:
-        chosen = torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1]).bool()
-    jaccard = example_jaccard(chosen.cpu().numpy(), present.cpu().numpy()).mean()
+    chosen = _chosen(logits, multi).cpu().numpy()
+    jaccard = example_jaccard(chosen, present.cpu().numpy()).mean()
     without_pairs = 0.0  # the weight of R
     return demux_loss(logits, targets, present, without_pairs, multi) + (1 - jaccard)
 
 
-def _trainer_class(alpha: float, learning_rate: float, multi: bool) -> type:
+def _trainer_class(alpha: float, multi: bool) -> type:
     "A Trainer of transformers with our loss; made here, since importing it takes seconds."
     from transformers import Trainer
 
@@ -117,20 +142,32 @@ def _trainer_class(alpha: float, learning_rate: float, multi: bool) -> type:
             targets = inputs.pop("targets")
             present = inputs.pop("present").bool()
             logits = model(**inputs)
-            if not model.training:
-                return _dev_loss(logits, targets, present, multi), logits
+            if model.training:
+                loss = demux_loss(logits, targets, present, alpha, multi)
+                check_finite(loss, self.state.global_step + 1, self.args.learning_rate)
+                return loss
 
-            loss = demux_loss(logits, targets, present, alpha, multi)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss became {loss.item()} at step {self.state.global_step + 1}: lower "
-                    f"the learning rate ({learning_rate:g})"
-                )
-            return loss
+            loss = _dev_loss(logits, targets, present, multi)
+            check_finite(loss, self.state.global_step, self.args.learning_rate)
+            return loss, logits
 
     return DemuxTrainer
 
 # %% ../../nbs/alignment/19_demux_training.ipynb #833706f6
+def _each_epoch() -> dict:
+    "What the Trainer does after each epoch, and what it keeps."
+    return dict(
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        logging_strategy="epoch",
+        save_total_limit=2,  # with 1 the last one goes at the end
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=False,
+        restore_callback_states_from_checkpoint=True,
+    )
+
+
 def _arguments(settings: dict, out: Path, progress: bool):
     "The Trainer's arguments."
     from transformers import TrainingArguments
@@ -143,14 +180,6 @@ def _arguments(settings: dict, out: Path, progress: bool):
         per_device_train_batch_size=settings["batch_size"],
         per_device_eval_batch_size=32,
         seed=settings["seed"],
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        logging_strategy="epoch",
-        save_total_limit=2,  # with 1 the last one goes at the end
-        load_best_model_at_end=True,
-        metric_for_best_model="loss",
-        greater_is_better=False,
-        restore_callback_states_from_checkpoint=True,
         train_sampling_strategy="group_by_length",
         label_names=["targets"],
         prediction_loss_only=True,
@@ -158,6 +187,7 @@ def _arguments(settings: dict, out: Path, progress: bool):
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=not progress,
         report_to="none",
+        **_each_epoch(),
     )
 
 # %% ../../nbs/alignment/19_demux_training.ipynb #78801c56
@@ -166,65 +196,83 @@ def _trainer(model: Demux, rows: list[dict], dev_rows: list[dict], out: Path, pr
     from transformers import DataCollatorWithPadding, EarlyStoppingCallback, PrinterCallback
 
     settings = model.settings
-    kind = _trainer_class(settings["alpha"], settings["learning_rate"], model.labels.is_multi)
-    trainer = kind(
+    trainer = _trainer_class(settings["alpha"], model.labels.is_multi)(
         model,
         _arguments(settings, out, progress),
         DataCollatorWithPadding(model.tokenizer),
         rows,
         sorted(dev_rows, key=lambda row: len(row["input_ids"])),  # less padding
-        callbacks=[EarlyStoppingCallback(settings["patience"])],
+        callbacks=[confirming_callback(), EarlyStoppingCallback(settings["patience"])],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 # %% ../../nbs/alignment/19_demux_training.ipynb #e6c0b0bd
+def _losses(history: list[dict], name: str) -> dict[int, float]:
+    "The losses of one kind in the Trainer's history, by step."
+    return {entry["step"]: entry[name] for entry in history if name in entry}
+
+
 def _log(history: list[dict]) -> pd.DataFrame:
     "One row per epoch: step, train_loss, dev_loss."
-    train = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
-    dev = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
-    rows = []
-    for epoch, step in enumerate(sorted(dev), 1):
-        train_loss = train.get(step, np.nan)
-        rows.append({"epoch": epoch, "step": step, "train_loss": train_loss, "dev_loss": dev[step]})
-    return pd.DataFrame(rows)
+    train = _losses(history, "loss")
+    dev = _losses(history, "eval_loss")
+    steps = sorted(dev)
+    return pd.DataFrame(
+        {
+            "epoch": range(1, len(steps) + 1),
+            "step": steps,
+            "train_loss": [train.get(step, np.nan) for step in steps],
+            "dev_loss": [dev[step] for step in steps],
+        }
+    )
+
+
+def _train(
+    model: Demux, rows: list[dict], dev_rows: list[dict], checkpoints: Path, progress: bool
+) -> dict:
+    "Train to the end, from the last checkpoint if there is one; returns the Trainer's last state."
+    state = newest_state(checkpoints, with_best=True)
+    if state and training_is_over(state):
+        return state
+    process_policy("training")
+    checkpoint = str(checkpoints / f"checkpoint-{state['global_step']}") if state else None
+    trainer = _trainer(model, rows, dev_rows, checkpoints, progress)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return newest_state(checkpoints, with_best=True)
+
+# %% ../../nbs/alignment/19_demux_training.ipynb #0a750feb
+def _finish(model: Demux, state: dict, out: Path, checkpoints: Path):
+    "Take the weights of the best epoch, write the model, and remove the checkpoints."
+    best = checkpoints / f"checkpoint-{state['best_global_step']}"
+    model.load_state_dict(load_file(best / "model.safetensors"))
+    model.log = _log(state["log_history"])
+    model.eval().save(out)
+    shutil.rmtree(checkpoints)
 
 
 def _run(model: Demux, rows: list[dict], dev_rows: list[dict], out: Path, progress: bool) -> Demux:
     "Train in `out`, or go on there, and leave nothing but the finished model."
-    state = newest_state(out)
-    is_finished = (out / "model.safetensors").is_file()
-    if state or is_finished:
-        _check_run(out, model.settings)
-    if is_finished:
-        return Demux.load(out)
-
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "settings.json", model.settings)
-    if not state or not training_is_over(state):
-        process_policy("training")
-        checkpoint = str(out / f"checkpoint-{state['global_step']}") if state else None
-        trainer = _trainer(model, rows, dev_rows, out, progress)
-        trainer.train(resume_from_checkpoint=checkpoint)
-        state = newest_state(out)
-
-    best = out / f"checkpoint-{state['best_global_step']}"
-    model.load_state_dict(load_file(best / "model.safetensors"))
-    model.log = _log(state["log_history"])
-    model.eval().save(out)
-    for folder in out.glob("checkpoint-*"):
-        shutil.rmtree(folder)
-    return model
+    an_encoder_is_its_weights = ("encoder",)  # not its name
+    with claim_run(out, model.settings, an_encoder_is_its_weights) as finished:
+        if finished:
+            return Demux.load(out)
+        checkpoints = out / "checkpoints"
+        state = _train(model, rows, dev_rows, checkpoints, progress)
+        _finish(model, state, out, checkpoints)
+        return model
 
 # %% ../../nbs/alignment/19_demux_training.ipynb #40093ac2
-def _check_hyperparameters(made: dict):
-    "Raise `ValueError` for a number that makes no sense."
-    fewest = min(made["epochs"], made["patience"], made["batch_size"])
-    if fewest < 1 or not 0 <= made["alpha"] <= 1:
-        raise ValueError(
-            f"epochs={made['epochs']}, patience={made['patience']} and "
-            f"batch_size={made['batch_size']} must be at least 1, alpha={made['alpha']} from 0 to 1"
-        )
+def _checked(given: dict) -> dict:
+    "The hyperparameters as numbers of Python; raises `ValueError` for one that makes no sense."
+    made = dict(given)
+    for name in ("epochs", "patience", "batch_size"):
+        made[name] = check_whole(name, given[name], least=1)
+    made["learning_rate"] = check_number("learning_rate", given["learning_rate"], above=0)
+    made["alpha"] = check_number("alpha", given["alpha"], least=0, most=1)
+    made["warmup"] = check_number("warmup", given["warmup"], least=0, below=1)
+    made["seed"] = check_seed(given["seed"])
+    return made
 
 
 def _add_data(
@@ -233,14 +281,10 @@ def _add_data(
     "The rows to train on and to judge by; the model's settings learn what they are."
     rows, cut = _rows(model, train, model.settings["soft"])
     dev_rows, _ = _rows(model, dev, model.settings["soft"])
-    model.settings |= {
-        "encoder_weights": _fingerprint(model.encoder),
-        "train_texts": len(train),
-        "train_truncated": len(cut),
-        "train_data": digest(rows),
-        "dev_texts": len(dev),
-        "dev_data": digest(dev_rows),
-    }
+    about = {"encoder_weights": _fingerprint(model.encoder), "train_texts": len(rows)}
+    about |= {"train_truncated": len(cut), "train_data": digest(rows)}
+    about |= {"dev_texts": len(dev_rows), "dev_data": digest(dev_rows)}
+    model.settings |= about
     return rows, dev_rows
 
 # %% ../../nbs/alignment/19_demux_training.ipynb #f973953f
@@ -262,22 +306,15 @@ def fit_demux(
 ) -> Demux:
     """A trained Demux: trained now, or further in `out`, or loaded from a finished run there.
 
-    `model.log` has the losses by epoch, `model.settings` what made it. Of a dev split of the task
-    up to 500 texts are used. Raises `ValueError` where no text is left to train on, where dev has
-    other labels, or where `out` holds a run with other settings or data; `FloatingPointError` when
-    the loss is no longer a number.
+    `model.log` has the losses by epoch, `model.settings` what made it. Raises `ValueError` where no
+    text is left to train on, where dev has other labels, or where `out` holds another run or a
+    damaged one; `FloatingPointError` when the loss is no longer a number; see also `claim_run`.
     """
-    hyperparameters = {
-        "soft": soft,
-        "alpha": alpha,
-        "learning_rate": learning_rate,
-        "batch_size": batch_size,
-        "epochs": epochs,
-        "patience": patience,
-        "warmup": warmup,
-        "seed": seed,
-    }
-    _check_hyperparameters(hyperparameters)
+    hyperparameters = dict(soft=soft, alpha=alpha, learning_rate=learning_rate)
+    hyperparameters |= dict(batch_size=batch_size, epochs=epochs, patience=patience)
+    hyperparameters |= dict(warmup=warmup, seed=seed)
+    hyperparameters = _checked(hyperparameters)
+    max_tokens = check_whole("max_tokens", max_tokens, least=1)
     train, dev = _train_and_dev(task, dev, seed)
     torch.manual_seed(seed)
     model = Demux(task.labels, *load_encoder(encoder), max_tokens)

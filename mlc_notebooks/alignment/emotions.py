@@ -10,7 +10,6 @@ __all__ = ['EMOTION_STAGES', 'EmotionMix', 'emotion_examples', 'train_emotions']
 # %% ../../nbs/alignment/20_emotions.ipynb #b93f4692
 import json
 import random
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,12 +17,14 @@ from pathlib import Path
 
 import pandas as pd
 
+from .linear import read_json, write_json
 from .sft import fine_tune
 from .sft_examples import Example, sft_example
 from .training import TuningSettings
 from ..data.datasets import load_task
+from ..data.files import write_whole
 from ..data.labels import LabelSet
-from ..data.texts import without_other_splits
+from ..data.texts import AnnotatedTexts, without_other_splits
 from ..models.adapters import adapter_folder
 from ..models.lm import LM, load_lm
 
@@ -49,14 +50,31 @@ class EmotionMix:
 _Pairs = Sequence[tuple[str, tuple[str, ...]]]  # texts, each with the labels it carries
 
 
+def _fewer(names: list[str], rng: random.Random) -> list[str]:
+    "Some of the names, at least two, in alphabetical order."
+    return sorted(rng.sample(names, rng.randint(2, len(names) - 1)))
+
+
 def _instruction_labels(labels: LabelSet, mix: EmotionMix, rng: random.Random) -> LabelSet:
     "The labels that an instruction lists, in its order."
     names = list(labels)
     if len(names) < 10 and rng.random() < mix.fewer_labels:
-        names = sorted(rng.sample(names, rng.randint(2, len(names) - 1)))
+        names = _fewer(names, rng)
     if rng.random() < mix.shuffled:
         rng.shuffle(names)
     return LabelSet(names)
+
+# %% ../../nbs/alignment/20_emotions.ipynb #d3c03498
+def _demonstration(
+    pairs: _Pairs, labels: LabelSet, several: bool, rng: random.Random
+) -> tuple[str, list[str]]:
+    "A text with several labels, or with fewer: one of 50 that are drawn, or else the last of them."
+    for _ in range(50):
+        text, carried = rng.choice(pairs)
+        chosen = [name for name in labels if name in carried]
+        if (len(chosen) > 1) == several:
+            break
+    return text, chosen
 
 
 def _demonstrations(
@@ -67,25 +85,26 @@ def _demonstrations(
         return []
     shown = []
     for position in range(rng.randint(2, mix.max_shots)):
-        for _ in range(50):  # then what was found last is taken
-            text, carried = rng.choice(pairs)
-            chosen = [name for name in labels if name in carried]
-            if (len(chosen) > 1) == (position % 2 == 0):
-                break
-        shown.append((text, chosen))
+        shown.append(_demonstration(pairs, labels, position % 2 == 0, rng))
     rng.shuffle(shown)
     return shown
 
 # %% ../../nbs/alignment/20_emotions.ipynb #6bba5c12
-def _draw_goemotions(pairs: _Pairs, mix: EmotionMix, rng: random.Random) -> list[int]:
-    "Positions of the GoEmotions texts to train on, each at most once."
-    if mix.goemotions_multi is None:
-        return rng.sample(range(len(pairs)), min(mix.goemotions_texts, len(pairs)))
+def _by_labels(pairs: _Pairs) -> tuple[list[int], list[int]]:
+    "Positions of the texts with several labels, and of the others."
     several = []
     others = []
     for i, (_, chosen) in enumerate(pairs):
         group = several if len(chosen) > 1 else others
         group.append(i)
+    return several, others
+
+
+def _draw_goemotions(pairs: _Pairs, mix: EmotionMix, rng: random.Random) -> list[int]:
+    "Positions of the GoEmotions texts to train on, each at most once."
+    if mix.goemotions_multi is None:
+        return rng.sample(range(len(pairs)), min(mix.goemotions_texts, len(pairs)))
+    several, others = _by_labels(pairs)
     multi = min(len(several), round(mix.goemotions_texts * mix.goemotions_multi))
     return rng.sample(several, multi) + rng.sample(others, mix.goemotions_texts - multi)
 
@@ -94,9 +113,14 @@ def _draw_brighter(pairs: _Pairs, mix: EmotionMix, rng: random.Random) -> list[i
     "Positions of the BRIGHTER texts to train on; with `rare_sets`, some more often than others."
     if mix.rare_sets is None:
         return list(range(len(pairs))) * mix.brighter_passes
-    count = Counter(chosen for _, chosen in pairs)
-    weights = [count[chosen] ** -mix.rare_sets for _, chosen in pairs]
+    weights = _rarity(pairs, mix.rare_sets)
     return rng.choices(range(len(pairs)), weights, k=len(pairs) * mix.brighter_passes)
+
+
+def _rarity(pairs: _Pairs, power: float) -> list[float]:
+    "For each text: (texts with the same label set) ** -power."
+    count = Counter(chosen for _, chosen in pairs)
+    return [count[chosen] ** -power for _, chosen in pairs]
 
 # %% ../../nbs/alignment/20_emotions.ipynb #c1c387a4
 _SOURCES = ("goemotions", "goemotions-27", "brighter-eng")
@@ -127,18 +151,24 @@ def _draw_texts(
     return drawn
 
 # %% ../../nbs/alignment/20_emotions.ipynb #c852e01c
+def _lesson(
+    task: AnnotatedTexts, pairs: _Pairs, i: int, mix: EmotionMix, rng: random.Random
+) -> _Lesson:
+    "What an example about the text at position i says."
+    text, chosen = pairs[i]
+    labels = _instruction_labels(task.labels, mix, rng)
+    shown = _demonstrations(pairs, labels, mix, rng)
+    shown = [pair for pair in shown if pair[0] != text]
+    return _Lesson(task.name, text, chosen, labels, task.label_noun, shown)
+
+
 def _lessons(split: str, mix: EmotionMix, seed: int) -> list[_Lesson]:
     "What the examples from one split say, in random order."
     rng = random.Random(seed)
     tasks = {name: without_other_splits(load_task(name, split), split) for name in _SOURCES}
     pairs = {name: list(zip(task.texts, task.gold_sets())) for name, task in tasks.items()}
-    lessons = []
-    for name, i in _draw_texts(pairs, mix, rng):
-        text, chosen = pairs[name][i]
-        labels = _instruction_labels(tasks[name].labels, mix, rng)
-        shown = _demonstrations(pairs[name], labels, mix, rng)
-        shown = [pair for pair in shown if pair[0] != text]
-        lessons.append(_Lesson(name, text, chosen, labels, tasks[name].label_noun, shown))
+    drawn = _draw_texts(pairs, mix, rng)
+    lessons = [_lesson(tasks[name], pairs[name], i, mix, rng) for name, i in drawn]
     rng.shuffle(lessons)
     return lessons
 
@@ -202,28 +232,51 @@ EMOTION_STAGES = (
 _DEV_MIX = EmotionMix(brighter_passes=1, goemotions_texts=116, few_shot=0, fewer_labels=0)
 
 
+def _dev_examples(lm: LM) -> list[Example]:
+    "The examples on which the dev loss of all stages is measured."
+    return emotion_examples(lm, "dev", _DEV_MIX, seed=0)[:192]
+
+
 def _train_stage(
     mix: EmotionMix, settings: TuningSettings, folder: Path, start: Path | None
 ) -> tuple[pd.DataFrame, dict]:
     "The log of one stage, and the record of its settings; the adapter is in `folder`."
     lm = load_lm("smollm2-135m")
     train = emotion_examples(lm, "train", mix, settings.seed)
-    dev = emotion_examples(lm, "dev", _DEV_MIX, seed=0)[:192]
-    log = fine_tune(lm, train, dev, folder, settings, start)
-    record = json.loads((folder / "settings.json").read_text())
-    return log, {**record, "mix": asdict(mix)}
+    log = fine_tune(lm, train, _dev_examples(lm), folder, settings, start)
+    return log, read_json(folder / "settings.json") | {"mix": asdict(mix)}
 
 
 def _copy_adapter(folder: Path, out: Path):
     "Copy the adapter of a run; its model is called as on the hub."
     out.mkdir(parents=True, exist_ok=True)
-    shutil.copy(folder / "adapter_model.safetensors", out)
-    config = json.loads((folder / "adapter_config.json").read_text())
+    weights = "adapter_model.safetensors"
+    write_whole(out / weights, (folder / weights).read_bytes())
+    config = read_json(folder / "adapter_config.json")
     config["base_model_name_or_path"] = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    content = json.dumps(config, indent=1, sort_keys=True) + "\n"
-    (out / "adapter_config.json").write_text(content)
+    write_whole(out / "adapter_config.json", json.dumps(config, indent=1, sort_keys=True) + "\n")
+
+
+def _write_records(out: Path, log: pd.DataFrame, records: list[dict]):
+    "Write the log and the settings of all stages."
+    write_whole(out / "log.csv", log.round(4).to_csv(index=False))
+    write_json(out / "settings.json", {"stages": records})
 
 # %% ../../nbs/alignment/20_emotions.ipynb #7d45c9ea
+def _train_stages(runs: Path) -> tuple[Path, pd.DataFrame, list[dict]]:
+    "The folder of the last stage, the log of all stages, and their settings."
+    before = None
+    logs = []
+    records = []
+    for stage, (mix, settings) in enumerate(EMOTION_STAGES, 1):
+        folder = runs / f"stage{stage}"
+        log, record = _train_stage(mix, settings, folder, before)
+        logs.append(log.assign(stage=stage))
+        records.append(record)
+        before = folder
+    return before, pd.concat(logs), records
+
+
 def train_emotions(
     runs: str | Path = "runs/emotions",  # the folder of the stages' runs
     out: str | Path | None = None,  # None: into the package
@@ -234,18 +287,7 @@ def train_emotions(
     The adapter, its log and its settings are in `out`. A stage that was stopped goes on.
     """
     out = Path(out or adapter_folder("smollm2-135m-emotions"))
-    before = None
-    logs = []
-    records = []
-    for stage, (mix, settings) in enumerate(EMOTION_STAGES, 1):
-        folder = Path(runs) / f"stage{stage}"
-        log, record = _train_stage(mix, settings, folder, before)
-        logs.append(log.assign(stage=stage))
-        records.append(record)
-        before = folder
-
-    _copy_adapter(before, out)
-    log = pd.concat(logs)
-    log.round(4).to_csv(out / "log.csv", index=False)
-    (out / "settings.json").write_text(json.dumps({"stages": records}, indent=1) + "\n")
+    last, log, records = _train_stages(Path(runs))
+    _copy_adapter(last, out)
+    _write_records(out, log, records)
     return log

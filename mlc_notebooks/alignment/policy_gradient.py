@@ -8,32 +8,44 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/policy_gradient.ht
 __all__ = ['set_reward', 'group_advantages', 'policy_loss', 'sample_answers', 'answer_logprobs']
 
 # %% ../../nbs/alignment/16_policy_gradient.ipynb #0cd16ec0
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
+import numpy as np
 import torch
 from transformers import DynamicCache
 
 from ..data.answers import parse_answer
 from ..data.labels import LabelSet
 from ..engine.cache import cache_name
+from ..metrics.sets import example_jaccard
 
 # %% ../../nbs/alignment/16_policy_gradient.ipynb #83209232
+def _named(answer: str, labels: LabelSet) -> set[str] | None:
+    "The labels written in an answer, invented ones too; None where the list is broken or cut off."
+    parsed = parse_answer(answer, labels)
+    if parsed.flags & {"invalid", "truncated"}:
+        return None
+    written = {entry.outcome or entry.text for entry in parsed.entries}
+    return written - {labels.none}
+
+
+def _row(chosen: Collection[str], names: list[str]) -> np.ndarray:
+    "Which of the names are chosen: booleans (1, names)."
+    return np.array([[name in chosen for name in names]], bool)
+
+
 def set_reward(answer: str, gold: Sequence[str], labels: LabelSet) -> float:
     """The Jaccard index of the labels written in `answer` and the gold labels, from 0 to 1.
 
     It is 1 if both are empty, and 0 if the list is broken or cut off. A label written twice counts
     once; an invented one counts as a wrong label.
     """
-    parsed = parse_answer(answer, labels)
-    if parsed.flags & {"invalid", "truncated"}:
+    written = _named(answer, labels)
+    if written is None:
         return 0.0
-    written = {entry.outcome or entry.text for entry in parsed.entries}
-    written.discard(labels.none)
-    named = written.union(gold)
-    if not named:
-        return 1.0
-    shared = written.intersection(gold)
-    return len(shared) / len(named)
+    names = sorted(written.union(gold))
+    [jaccard] = example_jaccard(_row(written, names), _row(gold, names))
+    return float(jaccard)
 
 # %% ../../nbs/alignment/16_policy_gradient.ipynb #da0c875f
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
@@ -64,20 +76,23 @@ def policy_loss(
     return loss, mean_kl.detach()
 
 # %% ../../nbs/alignment/16_policy_gradient.ipynb #29b48f75
-def _filled_left(rows: Sequence[Sequence[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
-    "Token ids (rows, tokens), short rows filled up at their beginning, and the mask: 1 for tokens."
+def _filled(rows: Sequence[Sequence], left: bool) -> list[list]:
+    "The rows, short ones filled up with 0 at their beginning or their end."
     width = max(map(len, rows))
-    ids = [[0] * (width - len(row)) + list(row) for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    filled = []
+    for row in rows:
+        zeros = [0] * (width - len(row))
+        filled.append([*zeros, *row] if left else [*row, *zeros])
+    return filled
 
 
-def _filled_right(rows: Sequence[Sequence[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
-    "The same, filled up at the end."
-    width = max(map(len, rows))
-    ids = [list(row) + [0] * (width - len(row)) for row in rows]
-    mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+def _ids_and_mask(
+    rows: Sequence[Sequence[int]], left: bool, device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    "Token ids (rows, tokens), short rows filled up, and the mask: 1 for tokens."
+    ids = torch.tensor(_filled(rows, left), device=device)
+    mask = torch.tensor(_filled([[1] * len(row) for row in rows], left), device=device)
+    return ids, mask
 
 # %% ../../nbs/alignment/16_policy_gradient.ipynb #85360c4f
 def _read_prompts(
@@ -85,7 +100,7 @@ def _read_prompts(
 ) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
     """Logits after each prompt (answers, 1, vocabulary), the cache, and the mask of the tokens in
     it; prompts are read once and repeated for the `group` answers to each."""
-    ids, seen = _filled_left(prompts, model.device)
+    ids, seen = _ids_and_mask(prompts, True, model.device)  # filled up on the left
     positions = (seen.cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache()
     read = model(
@@ -101,22 +116,36 @@ def _read_prompts(
     return logits, cache, seen.repeat_interleave(group, 0)
 
 # %% ../../nbs/alignment/16_policy_gradient.ipynb #3a774927
+def _next_positions(ids: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    "Positions (answers, tokens) of the next tokens in their texts, after those in the cache."
+    count = ids.shape[1]
+    before = seen[:, : seen.shape[1] - count].sum(1, keepdim=True)
+    return before + torch.arange(count, device=ids.device)
+
+
 def _read_on(
     model: torch.nn.Module, ids: torch.Tensor, seen: torch.Tensor, cache: DynamicCache
 ) -> torch.Tensor:
     """Logits after each of the next tokens, `ids` (answers, tokens), that follow on what the cache
     holds; `seen` is the mask of all tokens, the next ones included."""
-    count = ids.shape[1]
-    before = seen[:, : seen.shape[1] - count].sum(1, keepdim=True)
-    positions = before + torch.arange(count, device=ids.device)
     return model(
         input_ids=ids,
         attention_mask=seen,
-        position_ids=positions,
+        position_ids=_next_positions(ids, seen),
         **{cache_name(model): cache},
     ).logits
 
 # %% ../../nbs/alignment/16_policy_gradient.ipynb #1e6fd424
+def _append_drawn(
+    answers: list[list[int]], unfinished: set[int], drawn: torch.Tensor, is_over: Callable
+):
+    "Add a token to each answer that goes on; those that it ends are no longer unfinished."
+    for row in sorted(unfinished):
+        answers[row].append(int(drawn[row]))
+        if is_over(answers[row]):
+            unfinished.remove(row)
+
+
 @torch.no_grad()
 def sample_answers(
     model: torch.nn.Module,
@@ -134,10 +163,7 @@ def sample_answers(
     for _ in range(limit):
         probs = logits[:, -1].float().softmax(-1)
         drawn = torch.multinomial(probs, 1, generator=generator)
-        for row in sorted(unfinished):
-            answers[row].append(int(drawn[row]))
-            if is_over(answers[row]):
-                unfinished.remove(row)
+        _append_drawn(answers, unfinished, drawn, is_over)
         if not unfinished:
             break
 
@@ -146,6 +172,18 @@ def sample_answers(
     return answers
 
 # %% ../../nbs/alignment/16_policy_gradient.ipynb #963c2f3f
+def _logits_of_each(
+    model: torch.nn.Module, prompts: Sequence, ids: torch.Tensor, written: torch.Tensor
+) -> torch.Tensor:
+    "Logits (answers, tokens, vocabulary) that predict the tokens `ids` of each answer."
+    logits, cache, seen = _read_prompts(model, prompts, len(ids) // len(prompts))
+    if ids.shape[1] == 1:
+        return logits
+    seen = torch.cat([seen, written[:, :-1]], 1)
+    later = _read_on(model, ids[:, :-1], seen, cache)
+    return torch.cat([logits, later], 1)
+
+
 def answer_logprobs(
     model: torch.nn.Module, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,13 +192,8 @@ def answer_logprobs(
 
     The answers stand in the order of `sample_answers`, equally many to each prompt.
     """
-    logits, cache, seen = _read_prompts(model, prompts, len(answers) // len(prompts))
-    ids, written = _filled_right(answers, model.device)
-    if ids.shape[1] > 1:
-        seen = torch.cat([seen, written[:, :-1]], 1)
-        later = _read_on(model, ids[:, :-1], seen, cache)
-        logits = torch.cat([logits, later], 1)
-
+    ids, written = _ids_and_mask(answers, False, model.device)  # filled up on the right
+    logits = _logits_of_each(model, prompts, ids, written)
     losses = torch.nn.functional.cross_entropy(
         logits.float().flatten(0, 1), ids.flatten(), reduction="none"
     )

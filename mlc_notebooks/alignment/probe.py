@@ -8,6 +8,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/probe.html.md"""
 __all__ = ['first_label_states', 'fit_on_states', 'LinearProbe', 'fit_probe']
 
 # %% ../../nbs/alignment/11_probe.ipynb #99fb2507
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +17,14 @@ import pandas as pd
 
 from mlc_notebooks.alignment.linear import (
     Linear,
+    check_rows,
     check_same_labels,
     fit_linear,
     marginals_table,
     read_predictor,
     write_predictor,
 )
+from ..data.checks import check_whole
 from ..data.demonstrations import draw_demonstrations
 from ..data.labels import LabelSet
 from ..data.texts import AnnotatedTexts, training_data, unannotated
@@ -30,20 +33,17 @@ from ..engine.memory import batch_size_for
 from ..engine.runs import in_batches
 from ..engine.tree import Node
 from ..models.lm import LM
-from ..probing.asking import ask_for_lists
+from ..probing.asking import ListQuestions, ask_for_lists
 
 # %% ../../nbs/alignment/11_probe.ipynb #80f2248c
-def first_label_states(
-    lm: LM,
-    task: AnnotatedTexts,
-    shots: int = 0,  # demonstrations in the prompt, drawn from the task's train split
-    layer: int = -1,  # of 0 (embeddings) to the last
-    demonstrations: list | None = None,  # shown instead of drawn ones: pairs (text, labels)
-    seed: int = 0,  # of the draw
-    progress: bool = True,
-) -> np.ndarray:
-    "Hidden states (n, width) of one layer where the first label is about to be written."
-    asked = ask_for_lists(lm, task, shots, seed=seed, demonstrations=demonstrations)
+def _check_layer(lm: LM, layer: int) -> int:
+    "The layer; raises `ValueError` for one that the model does not have."
+    layers = lm.model.config.get_text_config().num_hidden_layers + 1  # with the embeddings
+    return check_whole("layer", layer, least=-layers, below=layers)
+
+
+def _state_reader(lm: LM, asked: ListQuestions, layer: int) -> Callable:
+    "A function from positions of texts to their states (n, width)."
     tails = asked.rows.tails
     opening = asked.answer_tokens.opening
     tree = prompt_tree(lm, asked.rows.shared)
@@ -53,22 +53,38 @@ def first_label_states(
         ends = [Node(tree.root, [*tails[i], *opening]) for i in batch]
         return tree.compute(ends, hidden=True).hidden[:, layer]
 
-    by_length = sorted(range(len(task)), key=lambda i: len(tails[i]))
-    longest = len(tails[by_length[-1]])
-    size = batch_size_for(lm, longest)
-    return np.stack(in_batches(read, by_length, size, f"reading {task.name}", progress))
+    return read
+
+# %% ../../nbs/alignment/11_probe.ipynb #a70991d1
+def _by_length(rows: Sequence[Sequence[int]]) -> list[int]:
+    "Positions of the rows, the shortest first."
+    return sorted(range(len(rows)), key=lambda i: len(rows[i]))
+
+
+def first_label_states(
+    lm: LM,
+    task: AnnotatedTexts,
+    shots: int = 0,  # demonstrations in the prompt, drawn from the task's train split
+    layer: int = -1,  # of 0 (embeddings) to the last
+    demonstrations: list | None = None,  # shown instead of drawn ones: pairs (text, labels)
+    seed: int = 0,  # of the draw
+    progress: bool = True,
+) -> np.ndarray:
+    """Hidden states (n, width) of one layer where the first label is about to be written.
+
+    Raises `ValueError` for a layer that the model does not have, and for a task without texts.
+    """
+    _check_layer(lm, layer)
+    check_whole("the number of texts", len(task), least=1)
+    asked = ask_for_lists(lm, task, shots, seed=seed, demonstrations=demonstrations)
+    order = _by_length(asked.rows.tails)
+    size = batch_size_for(lm, len(asked.rows.tails[order[-1]]))
+    read = _state_reader(lm, asked, layer)
+    return np.stack(in_batches(read, order, size, f"reading {task.name}", progress))
 
 # %% ../../nbs/alignment/11_probe.ipynb #17f60a6e
-def fit_on_states(
-    states: np.ndarray,  # (n, width)
-    targets: np.ndarray,  # (n, L) in [0, 1]
-    labels: LabelSet,
-    seed: int = 0,  # of the SVD and the regression
-) -> Linear:
-    """A linear model of hidden states: standardise, truncated SVD, logistic regression.
-
-    The paper's linear probe (section 3, Figure 7), composed into one linear model.
-    """
+def _reduced(states: np.ndarray, seed: int) -> tuple:
+    "scikit-learn's scaler and truncated SVD, fitted on states, and the reduced states."
     from sklearn.decomposition import TruncatedSVD
     from sklearn.preprocessing import StandardScaler
 
@@ -77,12 +93,39 @@ def fit_on_states(
     scaler = StandardScaler().fit(states)
     svd = TruncatedSVD(components, random_state=seed)
     with np.errstate(invalid="ignore"):  # 0 / 0 in scikit-learn where all states are the same
-        reduced = svd.fit_transform(scaler.transform(states))
+        return scaler, svd, svd.fit_transform(scaler.transform(states))
 
-    inner = fit_linear(reduced, targets, labels, seed=seed)
+
+def _composed(scaler, svd, inner: Linear) -> Linear:
+    "One linear model of the states, out of the three steps."
     weight = (svd.components_.T @ inner.weight) / scaler.scale_[:, None]
     bias = inner.bias - scaler.mean_ @ weight
-    return Linear(labels, weight, bias)
+    return Linear(inner.labels, weight, bias)
+
+
+def fit_on_states(
+    states: np.ndarray,  # (n, width)
+    targets: np.ndarray,  # (n, L) in [0, 1]
+    labels: LabelSet,
+    seed: int = 0,  # of the SVD and the regression
+) -> Linear:
+    """A linear model of hidden states: standardise, truncated SVD, logistic regression.
+
+    The paper's linear probe (section 3, Figure 7), composed into one linear model. Raises
+    `ValueError` for states and targets that `check_rows` refuses.
+    """
+    targets = check_rows(states, targets, labels)
+    scaler, svd, reduced = _reduced(states, seed)
+    return _composed(scaler, svd, fit_linear(reduced, targets, labels, seed=seed))
+
+# %% ../../nbs/alignment/11_probe.ipynb #e634ba42
+def _check_model(lm: LM, made: dict):
+    "Raise `ValueError` where a probe was fitted on another model."
+    if lm.fingerprint != made["fingerprint"]:
+        raise ValueError(
+            f"the probe was fitted on {made['model']}, whose weights or tokenizer are not those of "
+            f"{lm.name}"
+        )
 
 # %% ../../nbs/alignment/11_probe.ipynb #ea102d56
 @dataclass
@@ -98,12 +141,15 @@ class LinearProbe:
         "Marginals (n, L). Raises `ValueError` for a task with other labels."
         labels = self.linear.labels
         check_same_labels(task, labels)
-        asked = unannotated(task.texts, labels, task.ids, task.name, task.label_noun)
-        layer = self.settings["layer"]
-        states = first_label_states(
-            self.lm, asked, layer=layer, demonstrations=self.demonstrations, progress=progress
-        )
+        states = self._states(task, progress)
         return marginals_table(self.linear(states), task, labels)
+
+    def _states(self, task: AnnotatedTexts, progress: bool) -> np.ndarray:
+        "States of the texts, read as in the training."
+        labels = self.linear.labels
+        asked = unannotated(task.texts, labels, task.ids, task.name, task.label_noun)
+        shown = dict(layer=self.settings["layer"], demonstrations=self.demonstrations)
+        return first_label_states(self.lm, asked, **shown, progress=progress)
 
     def save(self, folder: str | Path):
         "Write the matrix, the demonstrations and the settings; the language model is not copied."
@@ -116,11 +162,7 @@ class LinearProbe:
         "A saved probe. Raises `ValueError` where `lm` is not the model that it was fitted on."
         labels, tensors, about = read_predictor(folder, "LinearProbe")
         made = about["settings"]
-        if lm.fingerprint != made["fingerprint"]:
-            raise ValueError(
-                f"the probe was fitted on {made['model']}, whose weights or tokenizer are not "
-                f"those of {lm.name}"
-            )
+        _check_model(lm, made)
         linear = Linear(labels, tensors["weight"], tensors["bias"])
         demonstrations = [(text, tuple(names)) for text, names in about["demonstrations"]]
         return cls(lm, linear, demonstrations, made)
@@ -140,19 +182,15 @@ def fit_probe(
     Texts that other splits have too are not learned (`training_data`). Raises `ValueError` where
     there is no text to learn from, or a prompt does not fit the context.
     """
+    _check_layer(lm, layer)
+    check_whole("shots", shots, least=0)
+    check_whole("seed", seed, least=0, below=2**32)
     task, targets = training_data(task_train, soft)
     demonstrations = draw_demonstrations(task, shots, seed) if shots else []
     states = first_label_states(
         lm, task, layer=layer, demonstrations=demonstrations, progress=progress
     )
     linear = fit_on_states(states, targets, task.labels, seed)
-    settings = {
-        "model": lm.name,
-        "fingerprint": lm.fingerprint,
-        "layer": layer,
-        "soft": soft,
-        "shots": shots,
-        "seed": seed,
-        "texts": len(task),
-    }
+    settings = dict(model=lm.name, fingerprint=lm.fingerprint, layer=layer, soft=soft)
+    settings |= dict(shots=shots, seed=seed, texts=len(task))
     return LinearProbe(lm, linear, demonstrations, settings)

@@ -14,25 +14,29 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from .linear import Linear
 from .probe import fit_on_states
+from ..data.checks import check_number, check_whole
 from ..data.labels import LabelSet
 from ..data.texts import AnnotatedTexts, text_key
 from ..probing.trace import Trace
 
 # %% ../../nbs/alignment/11b_probing_layers.ipynb #dd7abbf0
+def _later(outcomes: Sequence[str], labels: LabelSet) -> np.ndarray | None:
+    "0/1 (L,) of the labels written after the first; None where fewer than two are written."
+    written = [name for name in outcomes if name in labels]
+    if len(written) < 2:
+        return None
+    return labels.vector(written[1:])
+
+
 def _later_labels(trace: Trace, labels: LabelSet) -> pd.DataFrame:
     "0/1 rows of the labels written after the first, for the items with two written labels or more."
-    rows = []
-    has_later = []
-    for outcomes in trace.items["outcomes"]:
-        written = [name for name in outcomes if name in labels]
-        has_later.append(len(written) >= 2)
-        if len(written) >= 2:
-            rows.append(labels.vector(written[1:]))
-
-    values = np.array(rows, np.uint8).reshape(-1, len(labels))
-    index = trace.items.index[np.array(has_later, bool)]
-    return pd.DataFrame(values, index, list(labels))
+    rows = [_later(outcomes, labels) for outcomes in trace.items["outcomes"]]
+    found = [row for row in rows if row is not None]
+    values = np.array(found, np.uint8).reshape(-1, len(labels))
+    has_later = np.array([row is not None for row in rows], bool)
+    return pd.DataFrame(values, trace.items.index[has_later], list(labels))
 
 
 def _targets(trace: Trace, task: AnnotatedTexts) -> dict[str, pd.DataFrame]:
@@ -65,13 +69,18 @@ def _held_out(trace: Trace, test_share: float, seed: int) -> pd.Series:
         splitter = GroupShuffleSplit(1, test_size=test_share, random_state=seed)
         _, test_rows = next(splitter.split(texts, groups=texts))
         held.iloc[test_rows] = True
-
-    if not held.any() or (~held).sum() < _FEWEST:
-        raise ValueError(
-            f"{len(held)} texts with test_share={test_share} leave {(~held).sum()} to fit a probe "
-            f"on and {held.sum()} to test it with: at least {_FEWEST} and 1 are needed"
-        )
+    _check_enough(held, test_share)
     return held
+
+
+def _check_enough(held: pd.Series, test_share: float):
+    "Raise `ValueError` where too few items are left on one side."
+    rest = (~held).sum()
+    if not held.any() or rest < _FEWEST:
+        raise ValueError(
+            f"{len(held)} texts with test_share={test_share} leave {rest} to fit a probe on and "
+            f"{held.sum()} to test it with: at least {_FEWEST} and 1 are needed"
+        )
 
 # %% ../../nbs/alignment/11b_probing_layers.ipynb #9a4973b8
 def _sides(truth: pd.DataFrame, held: pd.Series) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -85,15 +94,38 @@ def _sides(truth: pd.DataFrame, held: pd.Series) -> tuple[pd.DataFrame, pd.DataF
 
 
 def _predict_majority(truth: pd.DataFrame, held: pd.Series) -> HeldOut:
-    "The most frequent label set of the training part; of ties the first in the order of 0/1 rows."
+    "The most frequent label set of the training part."
     train, test = _sides(truth, held)
     predicted = test.copy()
     if len(test):
-        sets, counts = np.unique(train.to_numpy(), axis=0, return_counts=True)
-        predicted[:] = sets[counts.argmax()]
+        predicted[:] = _most_frequent(train.to_numpy())
     return HeldOut(test, predicted.astype(float), predicted)
 
+
+def _most_frequent(rows: np.ndarray) -> np.ndarray:
+    "The row that stands there most often; of ties the first in the order of 0/1 rows."
+    sets, counts = np.unique(rows, axis=0, return_counts=True)
+    return sets[counts.argmax()]
+
 # %% ../../nbs/alignment/11b_probing_layers.ipynb #7cecf413
+def _likely(prob: np.ndarray, labels: LabelSet) -> np.ndarray:
+    "0/1 (n, L): probabilities of one half and above, or the likeliest label where one applies."
+    if labels.is_multi:
+        return (prob >= 0.5).astype(np.uint8)
+    return np.eye(len(labels), dtype=np.uint8)[prob.argmax(axis=1)]
+
+
+def _fit(
+    states: pd.DataFrame, train: pd.DataFrame, labels: LabelSet, seed: int, shuffled: bool
+) -> Linear:
+    "A probe of the states of the training texts, each label with a regression of its own."
+    targets = train.to_numpy()
+    if shuffled:
+        targets = np.random.default_rng(seed).permutation(targets)
+    each_alone = LabelSet(labels.names, labels.none or "none of the labels")
+    return fit_on_states(states.loc[train.index].to_numpy(), targets, each_alone, seed)
+
+
 def _predict(
     states: pd.DataFrame,  # (n, width) by item id
     truth: pd.DataFrame,
@@ -106,48 +138,72 @@ def _predict(
     train, test = _sides(truth, held)
     if not len(test):
         return HeldOut(test, test.astype(float), test)
-
-    targets = train.to_numpy()
-    if shuffled:
-        targets = np.random.default_rng(seed).permutation(targets)
-    each_alone = LabelSet(labels.names, labels.none or "none of the labels")
-    probe = fit_on_states(states.loc[train.index].to_numpy(), targets, each_alone, seed)
+    probe = _fit(states, train, labels, seed, shuffled)
     prob = probe(states.loc[test.index].to_numpy())
-
-    if labels.is_multi:
-        predicted = prob >= 0.5
-    else:
-        predicted = np.eye(len(labels))[prob.argmax(axis=1)]
-    return HeldOut(
-        test,
-        pd.DataFrame(prob, test.index, test.columns),
-        pd.DataFrame(predicted.astype(np.uint8), test.index, test.columns),
-    )
+    tables = [
+        pd.DataFrame(values, test.index, test.columns) for values in (prob, _likely(prob, labels))
+    ]
+    return HeldOut(test, *tables)
 
 # %% ../../nbs/alignment/11b_probing_layers.ipynb #9378126e
-def _layer_numbers(trace: Trace, layers: Sequence[int] | int | str | None) -> list[int]:
-    "The layers asked for as numbers; None: all."
+def _check_layer(number: int, count: int):
+    "Raise `ValueError` for a layer that the trace does not have."
+    if number not in range(count):
+        raise ValueError(
+            f"there is no layer {number!r}: layers go from 0 (embeddings) to {count - 1}, "
+            "or pass 'last'"
+        )
+
+
+def _layer_count(trace: Trace) -> int:
+    "How many layers the trace keeps; raises `ValueError` where it keeps none."
     if trace.hidden is None:
         raise ValueError(
             "this trace keeps no hidden states: run probe_steps(..., hidden=True), "
             "or hidden='first'"
         )
-    count = trace.hidden.shape[1]
+    return trace.hidden.shape[1]
+
+
+def _layer_numbers(trace: Trace, layers: Sequence[int] | int | str | None) -> list[int]:
+    "The layers asked for as numbers; None: all."
+    count = _layer_count(trace)
     if layers is None:
         return list(range(count))
     if isinstance(layers, str) and layers == "last":
         return [count - 1]
-
     numbers = np.atleast_1d(layers).tolist()
     for number in numbers:
-        if number not in range(count):
-            raise ValueError(
-                f"there is no layer {number!r}: layers go from 0 (embeddings) to {count - 1}, "
-                "or pass 'last'"
-            )
+        _check_layer(number, count)
     return numbers
 
 # %% ../../nbs/alignment/11b_probing_layers.ipynb #bc67240a
+def _at_layer(
+    states: pd.DataFrame, targets: dict, held: pd.Series, labels: LabelSet, seed: int
+) -> dict[tuple[str, str], HeldOut]:
+    "What the probe and its shuffled control predict from one layer, by (target, control)."
+    found = {}
+    for name, truth in targets.items():
+        found[name, "probe"] = _predict(states, truth, held, labels, seed, shuffled=False)
+        found[name, "shuffled"] = _predict(states, truth, held, labels, seed, shuffled=True)
+    return found
+
+
+def _without_layer(targets: dict, held: pd.Series) -> dict[tuple[int, str, str], HeldOut]:
+    "What reads no layer: the most frequent set of each target, and the model's own answers."
+    found = {}
+    for name, truth in targets.items():
+        found[-1, name, "majority"] = _predict_majority(truth, held)
+    found[-1, "Perf", "outputs"] = _own_answers(targets, held)
+    return found
+
+
+def _own_answers(targets: dict, held: pd.Series) -> HeldOut:
+    "The model's own answers about the held-out items, beside gold."
+    outputs = targets["Pred"][held]
+    return HeldOut(targets["Gold"][held], outputs.astype(float), outputs)
+
+# %% ../../nbs/alignment/11b_probing_layers.ipynb #93494491
 def probe_predictions(
     trace: Trace,  # with hidden states
     task: AnnotatedTexts,  # that the trace was made from, annotated
@@ -164,24 +220,16 @@ def probe_predictions(
     written labels or more; its tables are empty where fewer than 10 are left to fit on, or none to
     test with.
 
-    Raises `ValueError` for a trace without hidden states, too few texts, an id that the task does
-    not have, or an item without annotations.
+    Raises `ValueError` for a trace without hidden states or with states that are no numbers, too
+    few texts, an id that the task does not have, or an item without annotations.
     """
+    check_number("test_share", test_share)
+    check_whole("seed", seed, least=0, below=2**32)
     numbers = _layer_numbers(trace, layers)
     targets = _targets(trace, task)
     held = _held_out(trace, test_share, seed)
-
-    found = {}
-    for name, truth in targets.items():
-        found[-1, name, "majority"] = _predict_majority(truth, held)
-    outputs = targets["Pred"][held]
-    found[-1, "Perf", "outputs"] = HeldOut(targets["Gold"][held], outputs.astype(float), outputs)
-
+    found = _without_layer(targets, held)
     for layer in numbers:
-        states = trace.states(layer)
-        for name, truth in targets.items():
-            for control in ("probe", "shuffled"):
-                found[layer, name, control] = _predict(
-                    states, truth, held, task.labels, seed, shuffled=control == "shuffled"
-                )
+        at_layer = _at_layer(trace.states(layer), targets, held, task.labels, seed)
+        found |= {(layer, *key): predictions for key, predictions in at_layer.items()}
     return found

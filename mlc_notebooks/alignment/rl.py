@@ -9,8 +9,8 @@ __all__ = ['CHECKPOINT_EVERY', 'Policy', 'fit_rl']
 
 # %% ../../nbs/alignment/17_rl.ipynb #dac38443
 import copy
-import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -19,10 +19,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from tqdm.auto import tqdm
 
+from .optimizer_state import load_state, save_state
 from mlc_notebooks.alignment.policy_gradient import (
     answer_logprobs,
     group_advantages,
@@ -31,9 +30,16 @@ from mlc_notebooks.alignment.policy_gradient import (
     set_reward,
 )
 from .sft import save_tuned
-from .training import add_adapter, check_finite, claim_run
-from ..data.answers import FORMATS, list_is_over, parse_answer
-from ..data.files import write_whole
+from mlc_notebooks.alignment.training import (
+    add_adapter,
+    check_at_least,
+    check_finite,
+    check_finite_weights,
+    check_seed,
+)
+from .training_folders import claim_run, read_log, written_aside
+from ..data.answers import FORMATS, ParsedAnswer, list_is_over, parse_answer
+from ..data.checks import check_number
 from ..data.labels import LabelSet
 from ..data.prompts import check_texts, list_prompts
 from ..data.texts import AnnotatedTexts, training_data
@@ -44,7 +50,7 @@ from ..models.quiet import bar_options
 # %% ../../nbs/alignment/17_rl.ipynb #715b42a0
 @dataclass(frozen=True)
 class _Settings:
-    "The arguments of `fit_rl` that are numbers. Raises `ValueError` for one that is too small."
+    "The arguments of `fit_rl` that are numbers. Raises `ValueError` for one that makes no sense."
 
     steps: int
     texts: int
@@ -56,25 +62,25 @@ class _Settings:
     seed: int
 
     def __post_init__(self):
-        if not self.group >= 2:
-            raise ValueError(
-                f"group is {self.group}, it must be at least 2, since an answer is compared "
-                "with others to the same text"
-            )
-        for name, least in {"steps": 1, "texts": 1, "beta": 0, "r": 1}.items():
-            value = getattr(self, name)
-            if not value >= least:
-                raise ValueError(f"{name} is {value}, it must be at least {least}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}, it must be above 0")
+        one_to_compare_with = 2  # an answer is compared with others to the same text
+        least = {"group": one_to_compare_with, "steps": 1, "texts": 1, "r": 1, "seed": 0}
+        check_at_least(self, least)
+        check_number("learning_rate", self.learning_rate, above=0)
+        check_number("beta", self.beta, least=0)
+        check_number("alpha", self.alpha, above=0)
+        check_seed(self.seed)
 
 # %% ../../nbs/alignment/17_rl.ipynb #ebeac25c
+def _in_rounds(n: int, rounds: int, seed: int) -> np.ndarray:
+    "All positions among n, in another order in each round: shape (rounds * n,)."
+    rng = np.random.default_rng(seed)
+    return np.concatenate([rng.permutation(n) for _ in range(rounds)])
+
+
 def _draw_texts(n: int, settings: _Settings) -> np.ndarray:
     "Positions among n texts for each step: shape (steps, texts)."
-    rng = np.random.default_rng(settings.seed)
     needed = settings.steps * settings.texts
-    rounds = math.ceil(needed / n)
-    order = np.concatenate([rng.permutation(n) for _ in range(rounds)])
+    order = _in_rounds(n, math.ceil(needed / n), settings.seed)
     return order[:needed].reshape(settings.steps, settings.texts)
 
 
@@ -84,19 +90,23 @@ def _longest_answer(lm: LM, labels: LabelSet) -> int:
     return len(lm.encode_text("\n" + everything)) + 2
 
 
+def _check_length(lm: LM, task: AnnotatedTexts, position: int, length: int, limit: int):
+    "Raise `ValueError` where prompt and answer about a text are too long for the model."
+    if length + limit > lm.context_length:
+        raise ValueError(
+            f"{task.name}: item {task.ids[position]!r} has {length} tokens, an answer may take "
+            f"{limit}, and {lm.name} reads {lm.context_length}: shorten or drop it"
+        )
+
+
 def _encoded_prompts(lm: LM, task: AnnotatedTexts, positions: Sequence[int]) -> dict:
     "Token ids of the prompt about the text at each position; raises `ValueError` for a long one."
     texts = [task.texts[i] for i in positions]
     prompts = list_prompts(texts, task.labels, (), task.label_noun)
+    encoded = {i: lm.encode_prompt(prompt) for i, prompt in zip(positions, prompts)}
     limit = _longest_answer(lm, task.labels)
-    encoded = {}
-    for i, prompt in zip(positions, prompts):
-        encoded[i] = lm.encode_prompt(prompt)
-        if len(encoded[i]) + limit > lm.context_length:
-            raise ValueError(
-                f"{task.name}: item {task.ids[i]!r} has {len(encoded[i])} tokens, an answer may "
-                f"take {limit}, and {lm.name} reads {lm.context_length}: shorten or drop it"
-            )
+    for i, ids in encoded.items():
+        _check_length(lm, task, i, len(ids), limit)
     return encoded
 
 # %% ../../nbs/alignment/17_rl.ipynb #dacc6551
@@ -128,17 +138,26 @@ def _rewards(
     return torch.tensor(rewards).view(-1, group)
 
 
+def _count_named(answer: ParsedAnswer, labels: LabelSet) -> int:
+    "How many labels an answer names."
+    return len(set(answer.outcomes) - {labels.none})
+
+
+def _of_answers(answers: Sequence[str], labels: LabelSet) -> dict:
+    "The mean number of labels written, and the share of irregular answers."
+    parsed = [parse_answer(text, labels) for text in answers]
+    named = np.mean([_count_named(answer, labels) for answer in parsed])
+    flagged = np.mean([bool(answer.flags) for answer in parsed])
+    return {"labels": float(named), "flagged": float(flagged)}
+
+
 def _log_row(answers: Sequence[str], rewards: torch.Tensor, labels: LabelSet) -> dict:
     "What the log says of the answers."
-    parsed = [parse_answer(text, labels) for text in answers]
-    named = [len(set(answer.outcomes) - {labels.none}) for answer in parsed]
-    flagged = [bool(answer.flags) for answer in parsed]
     differs = rewards.amax(1) > rewards.amin(1)
     return {
         "reward": float(rewards.mean()),
         "learned_from": float(differs.float().mean()),
-        "labels": float(np.mean(named)),
-        "flagged": float(np.mean(flagged)),
+        **_of_answers(answers, labels),
     }
 
 # %% ../../nbs/alignment/17_rl.ipynb #94b1e58e
@@ -157,6 +176,31 @@ def _generator(device: torch.device, seed: int, step: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(int(state))
 
 # %% ../../nbs/alignment/17_rl.ipynb #94d74833
+def _draw_answers(
+    lm: LM,
+    model: torch.nn.Module,
+    labels: LabelSet,
+    batch: _Batch,
+    group: int,
+    generator: torch.Generator,
+) -> list[list[int]]:
+    "Token ids of `group` answers to each text of the batch."
+
+    def is_over(ids):
+        return ids[-1] in lm.end_ids or list_is_over(lm.decode(ids), labels, FORMATS["json"])
+
+    limit = _longest_answer(lm, labels)
+    return sample_answers(model, batch.prompts, group, limit, is_over, generator)
+
+
+@torch.no_grad()
+def _reference(tuned: torch.nn.Module, batch: _Batch, answers: list[list[int]]) -> torch.Tensor:
+    "Log-probabilities (answers, tokens) of the answers under the starting model."
+    with tuned.disable_adapter():
+        logprobs, _ = answer_logprobs(tuned.get_base_model(), batch.prompts, answers)
+    return logprobs
+
+# %% ../../nbs/alignment/17_rl.ipynb #3d98a232
 def _one_step(
     lm: LM,
     tuned: torch.nn.Module,  # with the adapter
@@ -166,18 +210,11 @@ def _one_step(
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, dict]:
     "The loss of one step, and its row of the log: answers are drawn, rewarded and read again."
-
-    def is_over(ids):
-        return ids[-1] in lm.end_ids or list_is_over(lm.decode(ids), labels, FORMATS["json"])
-
     model = tuned.get_base_model()
-    prompts = batch.prompts
-    limit = _longest_answer(lm, labels)
     with torch.autocast(model.device.type, torch.bfloat16):
-        answers = sample_answers(model, prompts, settings.group, limit, is_over, generator)
-        with torch.no_grad(), tuned.disable_adapter():
-            reference, _ = answer_logprobs(model, prompts, answers)
-        logprobs, written = answer_logprobs(model, prompts, answers)
+        answers = _draw_answers(lm, model, labels, batch, settings.group, generator)
+        reference = _reference(tuned, batch, answers)
+        logprobs, written = answer_logprobs(model, batch.prompts, answers)
 
     texts = [lm.decode(ids) for ids in answers]
     rewards = _rewards(texts, batch.gold, labels)
@@ -199,61 +236,70 @@ def _update(loss: torch.Tensor, weights: list, optimizer: torch.optim.Optimizer)
 CHECKPOINT_EVERY = 5  # steps
 
 
-def _save_state(path: Path, weights: list, optimizer: torch.optim.Optimizer, log: list[dict]):
-    "Write a checkpoint: the weights by number, AdamW's moments of each, and the log."
-    tensors = {f"weight.{i}": weight.detach() for i, weight in enumerate(weights)}
-    for i, moments in optimizer.state_dict()["state"].items():
-        for name, value in moments.items():
-            tensors[f"{name}.{i}"] = value
-    write_whole(path, save(tensors, metadata={"log": json.dumps(log)}))
-
-
-def _load_state(path: Path, weights: list, optimizer: torch.optim.Optimizer) -> list[dict]:
-    "The log of a checkpoint; its weights and moments are put back."
-    moments = {}
-    with safe_open(path, "pt") as file, torch.no_grad():
-        for i, weight in enumerate(weights):
-            weight.copy_(file.get_tensor(f"weight.{i}"))
-            names = ("step", "exp_avg", "exp_avg_sq")
-            moments[i] = {name: file.get_tensor(f"{name}.{i}") for name in names}
-        log = json.loads(file.metadata()["log"])
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    return log
+def _is_saved(step: int, steps: int) -> bool:
+    "Whether a checkpoint is written after this step."
+    return step % CHECKPOINT_EVERY == 0 or step == steps
 
 # %% ../../nbs/alignment/17_rl.ipynb #a09b3f27
+@dataclass
+class _Run:
+    "A run so far: the model with its adapter, the weights that are trained, and a row per step."
+
+    tuned: torch.nn.Module
+    weights: list[torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    log: list[dict]
+
+
+def _begun(lm: LM, settings: _Settings, checkpoints: Path) -> _Run:
+    "A run at its newest whole checkpoint, or at its beginning."
+    tuned = _with_adapter(lm, settings)
+    weights = [p for p in tuned.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0)
+    log = load_state(checkpoints, weights, optimizer)
+    return _Run(tuned, weights, optimizer, log)
+
+
+def _next_step(lm: LM, run: _Run, labels: LabelSet, batch: _Batch, settings: _Settings):
+    "Take one step, and add its row to the log."
+    step = len(run.log)
+    generator = _generator(lm.device, settings.seed, step)
+    loss, row = _one_step(lm, run.tuned, labels, batch, settings, generator)
+    check_finite(loss, step + 1, settings.learning_rate)
+    _update(loss, run.weights, run.optimizer)
+    check_finite_weights(run.tuned, step + 1)
+    run.log.append({"step": step + 1, **row})
+
+# %% ../../nbs/alignment/17_rl.ipynb #635504bc
 def _tune(
     lm: LM,
     labels: LabelSet,
     batches: list[_Batch],
     settings: _Settings,
-    checkpoint: Path,
+    checkpoints: Path,
     progress: bool,
 ) -> tuple[torch.nn.Module, pd.DataFrame]:
-    "The model with its adapter after all steps, and the log; from the checkpoint if there is one."
-    tuned = _with_adapter(lm, settings)
-    weights = [p for p in tuned.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0)
-    log = []
-    if checkpoint.exists():
-        log = _load_state(checkpoint, weights, optimizer)
-
-    done = len(log)
-    bar = tqdm(
-        total=len(batches), initial=done, desc="tuning", unit="step", **bar_options(progress)
-    )
-    with bar:
-        for step in range(done, len(batches)):
-            generator = _generator(lm.device, settings.seed, step)
-            loss, row = _one_step(lm, tuned, labels, batches[step], settings, generator)
-            check_finite(loss, step + 1)
-            _update(loss, weights, optimizer)
-            log.append({"step": step + 1, **row})
-            if (step + 1) % CHECKPOINT_EVERY == 0:
-                _save_state(checkpoint, weights, optimizer, log)
+    "The model with its adapter after all steps, and the log; from a checkpoint if there is one."
+    run = _begun(lm, settings, checkpoints)
+    steps = len(batches)
+    shown = bar_options(progress)
+    with tqdm(total=steps, initial=len(run.log), desc="tuning", unit="step", **shown) as bar:
+        for batch in batches[len(run.log) :]:
+            _next_step(lm, run, labels, batch, settings)
+            if _is_saved(len(run.log), steps):
+                save_state(checkpoints, run.weights, run.optimizer, run.log)
             bar.update()
-    return tuned, pd.DataFrame(log)
+    return run.tuned, pd.DataFrame(run.log)
 
 # %% ../../nbs/alignment/17_rl.ipynb #f5d85171
+def _finish(tuned: torch.nn.Module, log: pd.DataFrame, lm: LM, out: Path, checkpoints: Path):
+    "Write the adapter and the log, and remove the checkpoints."
+    with written_aside(out) as aside:
+        save_tuned(tuned, lm, aside)
+        log.round(6).to_csv(aside / "log.csv", index=False)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+
+
 @dataclass
 class Policy:
     "A language model tuned on the set reward, and how its training went; made by `fit_rl`."
@@ -294,23 +340,20 @@ def fit_rl(
     whose answers earned different rewards), labels (mean number written), flagged (share of
     irregular answers), kl (nats per answer, from the starting model), entropy (nats per answer,
     the mean of -log p). Texts that other splits have too are left out. Called again, the run goes
-    on from its last checkpoint, or is loaded.
+    on from its newest whole checkpoint, or is loaded.
 
     Raises `ValueError` where there is no text to learn from, a text is too long, or `out` holds
-    another run, `FloatingPointError` when the loss is no longer a number; `claim_run` has more.
+    another run, `FloatingPointError` when losses or weights are no longer numbers; `claim_run` has
+    more.
     """
     settings = _Settings(steps, texts, group, learning_rate, beta, r, alpha, seed)
     task, _ = training_data(task_train)
     check_texts(task.ids, task.texts)
     batches = _batches(lm, task, settings)
-
-    out = Path(out)
     with claim_run(out, _identity(lm, task, settings)) as finished:
         if not finished:
             process_policy("training")
-            checkpoint = out / "checkpoint.safetensors"
-            tuned, log = _tune(lm, task.labels, batches, settings, checkpoint, progress)
-            save_tuned(tuned, lm, out)
-            write_whole(out / "log.csv", log.round(6).to_csv(index=False).encode())
-            checkpoint.unlink(missing_ok=True)
-        return Policy(load_lm(out, lm.dtype, str(lm.device)), pd.read_csv(out / "log.csv"))
+            checkpoints = Path(out) / "checkpoints"
+            tuned, log = _tune(lm, task.labels, batches, settings, checkpoints, progress)
+            _finish(tuned, log, lm, Path(out), checkpoints)
+        return Policy(load_lm(out, lm.dtype, str(lm.device)), read_log(out))

@@ -11,7 +11,8 @@ __all__ = ['save_tuned', 'fine_tune', 'SFT', 'fit_sft']
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -20,17 +21,24 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
+from .linear import check_same_labels, read_json, write_json
 from .methods import zero_shot
-from .sft_examples import Example, list_examples
+from .sft_examples import Example, check_order, list_examples
 from mlc_notebooks.alignment.training import (
     TuningSettings,
     add_adapter,
     answer_trainer,
-    claim_run,
     log_table,
     newest_state,
     training_is_over,
 )
+from mlc_notebooks.alignment.training_folders import (
+    check_finished,
+    claim_run,
+    read_log,
+    written_aside,
+)
+from ..data.checks import check_whole
 from ..data.files import write_whole
 from ..data.texts import AnnotatedTexts, reorder_labels, training_data, without_texts
 from ..engine.memory import process_policy
@@ -38,15 +46,28 @@ from ..models.lm import LM, load_lm
 from ..models.quiet import quiet_transformers
 
 # %% ../../nbs/alignment/15_sft.ipynb #6872ee43
+def _check_untuned(lm: LM):
+    "Raise `ValueError` for a model that was tuned before."
+    if any(hasattr(module, "lora_A") for module in lm.model.modules()):
+        raise ValueError(
+            f"{lm.name} holds the adapter of an earlier training: load the model anew with load_lm"
+        )
+
+
+def _check_start(start: str | Path, settings: TuningSettings):
+    "Raise `ValueError` for an adapter that cannot be gone on from."
+    if settings.r is None:
+        raise ValueError(
+            "`start` goes on with an adapter: to tune all weights further, load that model as `lm`"
+        )
+    if not (Path(start) / "adapter_model.safetensors").is_file():
+        raise ValueError(f"start is {str(start)!r}: it holds no adapter_model.safetensors")
+
+# %% ../../nbs/alignment/15_sft.ipynb #26efdae3
 def _trainable(lm: LM, settings: TuningSettings, start: str | Path | None) -> torch.nn.Module:
     "The model with an adapter to train, or with all weights to train."
     lm.model.set_attn_implementation("eager")  # faster than sdpa for short rows on a CPU
     if settings.r is None:
-        if start:
-            raise ValueError(
-                "`start` goes on with an adapter: to tune all weights further, "
-                "load that model as `lm`"
-            )
         return lm.model.to(torch.float32).train()
     if start:
         from peft import PeftModel
@@ -56,25 +77,34 @@ def _trainable(lm: LM, settings: TuningSettings, start: str | Path | None) -> to
     return add_adapter(lm.model, settings.r, settings.alpha)
 
 # %% ../../nbs/alignment/15_sft.ipynb #fa18584f
-def save_tuned(model: torch.nn.Module, lm: LM, out: Path):
-    "Write a tuned model, or its adapter alone, to the folder `out`, where `load_lm` finds it."
-    if not hasattr(model, "peft_config"):
-        with quiet_transformers():
-            model.save_pretrained(out)
-            lm.tokenizer.save_pretrained(out)
-        return
-
+def _adapter_of(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict]:
+    "The tensors of an adapter and its configuration, as peft saves them."
     with tempfile.TemporaryDirectory() as scratch:
         model.save_pretrained(scratch)
         tensors = load_file(Path(scratch) / "adapter_model.safetensors")
-        config = json.loads((Path(scratch) / "adapter_config.json").read_text())
+        return tensors, read_json(Path(scratch) / "adapter_config.json")
+
+
+def _save_adapter(model: torch.nn.Module, base: str, out: Path):
+    "Write an adapter in bfloat16, with the name of the model that it belongs to."
+    tensors, config = _adapter_of(model)
     tensors = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    config["base_model_name_or_path"] = lm.name
+    config["base_model_name_or_path"] = base
     content = json.dumps(config, indent=1, sort_keys=True) + "\n"
-    (out / "adapter_config.json").write_text(content)
+    write_whole(out / "adapter_config.json", content)
 
 
+def save_tuned(model: torch.nn.Module, lm: LM, out: Path):
+    "Write a tuned model, or its adapter alone, to the folder `out`, where `load_lm` finds it."
+    if hasattr(model, "peft_config"):
+        _save_adapter(model, lm.name, out)
+        return
+    with quiet_transformers():
+        model.save_pretrained(out)
+        lm.tokenizer.save_pretrained(out)
+
+# %% ../../nbs/alignment/15_sft.ipynb #27280388
 def _chosen_checkpoint(checkpoints: Path, state: dict, settings: TuningSettings) -> Path:
     "The checkpoint of the last step; with `patience`, that of the lowest dev loss."
     step = state["global_step"]
@@ -95,52 +125,130 @@ def _load_weights(model: torch.nn.Module, checkpoint: Path):
         model.load_state_dict(tensors, strict=False)  # tied weights stand there once
 
 # %% ../../nbs/alignment/15_sft.ipynb #12817478
-def _identity(
-    lm: LM,
-    train: Sequence[Example],
-    dev: Sequence[Example],
-    settings: TuningSettings,
-    start: str | Path | None,
-) -> dict:
+@dataclass(frozen=True)
+class _Job:
+    "The arguments of `fine_tune`."
+
+    lm: LM
+    train: Sequence[Example]
+    dev: Sequence[Example]
+    out: Path
+    settings: TuningSettings
+    start: str | Path | None = None
+    progress: bool = True
+
+
+def _start_identity(start: str | Path | None) -> dict:
+    "What the run knows of the adapter that it goes on from."
+    if not start:
+        return {"start": None}
+    content = (Path(start) / "adapter_model.safetensors").read_bytes()
+    return {"start": str(start), "start_weights": sha256(content).hexdigest()[:16]}
+
+
+def _identity(job: _Job) -> dict:
     "What decides the result of a run."
     return {
-        **asdict(settings),
-        "learning_rate": settings.rate,
-        "model": lm.name,
-        "start": start and str(start),
-        "examples": len(train),
-        "tokens": sum(len(example.ids) for example in train),
-        "dev_examples": len(dev),
-        "sha256": sha256(repr((train, dev)).encode()).hexdigest()[:16],
+        **asdict(job.settings),
+        "learning_rate": job.settings.rate,
+        "model": job.lm.name,
+        "weights": job.lm.fingerprint["weights"],
+        **_start_identity(job.start),
+        "examples": len(job.train),
+        "tokens": sum(len(example.ids) for example in job.train),
+        "dev_examples": len(job.dev),
+        "sha256": sha256(repr((job.train, job.dev)).encode()).hexdigest()[:16],
     }
 
-# %% ../../nbs/alignment/15_sft.ipynb #dcffd3df
-def _train(
-    model: torch.nn.Module,
-    lm: LM,
-    train: Sequence[Example],
-    dev: Sequence[Example],
-    checkpoints: Path,
-    settings: TuningSettings,
-    progress: bool,
-) -> dict:
+# %% ../../nbs/alignment/15_sft.ipynb #03a6b7bb
+def _check_example(lm: LM, name: str, example: Example):
+    "Raise `ValueError` for an example that is too long, or that teaches nothing."
+    if len(example.ids) > lm.context_length:
+        raise ValueError(
+            f"{name} has {len(example.ids)} tokens, and {lm.name} reads {lm.context_length}: "
+            "shorten or drop its text"
+        )
+    if not any(example.scored):
+        raise ValueError(f"{name} has no token that the loss counts: drop it")
+
+
+def _check_examples(lm: LM, split: str, examples: Sequence[Example]):
+    "Raise `ValueError` for the first example of a split that cannot be learned."
+    for position, example in enumerate(examples):
+        _check_example(lm, f"{split} example {position}", example)
+
+
+def _check_job(job: _Job):
+    "Raise `ValueError` for a run that cannot be."
+    if not len(job.train) or not len(job.dev):
+        raise ValueError(
+            f"there are {len(job.train)} train and {len(job.dev)} dev examples: give at least one "
+            "of each"
+        )
+    _check_examples(job.lm, "train", job.train)
+    _check_examples(job.lm, "dev", job.dev)
+    _check_untuned(job.lm)
+    if job.start:
+        _check_start(job.start, job.settings)
+
+# %% ../../nbs/alignment/15_sft.ipynb #ac0936ed
+def _resume(state: dict | None, checkpoints: Path) -> tuple[str | None, float]:
+    "The checkpoint to go on from, and the minutes that the run has taken; None: from the start."
+    if state is None:
+        return None, 0.0
+    path = checkpoints / f"checkpoint-{state['global_step']}"
+    return str(path), state["log_history"][-1]["minutes"]
+
+
+def _train(model: torch.nn.Module, job: _Job, checkpoints: Path) -> dict:
     "Train to the end, from the last checkpoint if there is one; returns the Trainer's last state."
-    state = newest_state(checkpoints)
+    with_best = job.settings.patience is not None
+    state = newest_state(checkpoints, with_best)
     if state and training_is_over(state):
         return state
 
-    resume_from = None
-    minutes = 0.0
-    if state:
-        resume_from = str(checkpoints / f"checkpoint-{state['global_step']}")
-        minutes = state["log_history"][-1]["minutes"]
-    pad = lm.tokenizer.eos_token_id
-    trainer = answer_trainer(model, train, dev, checkpoints, settings, pad, minutes, progress)
+    resume_from, minutes = _resume(state, checkpoints)
+    pad = job.lm.tokenizer.eos_token_id
+    trainer = answer_trainer(
+        model, job.train, job.dev, checkpoints, job.settings, pad, minutes, job.progress
+    )
     with quiet_transformers():  # it shows a bar for each checkpoint
         trainer.train(resume_from_checkpoint=resume_from)
-    return newest_state(checkpoints)
+    return newest_state(checkpoints, with_best)
 
 # %% ../../nbs/alignment/15_sft.ipynb #cd7231d1
+def _finish(model: torch.nn.Module, job: _Job, checkpoints: Path, state: dict):
+    "Write the model and the log, and remove the checkpoints."
+    _load_weights(model, _chosen_checkpoint(checkpoints, state, job.settings))
+    with written_aside(job.out) as aside:
+        save_tuned(model, job.lm, aside)
+        log_table(state["log_history"]).round(4).to_csv(aside / "log.csv", index=False)
+    job.lm.name = str(job.out)  # which is what it is from now on
+    shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def _run(job: _Job):
+    "Train, from the newest whole checkpoint or from the start, and write what was trained."
+    process_policy("training")
+    torch.manual_seed(job.settings.seed)
+    model = _trainable(job.lm, job.settings, job.start)
+    checkpoints = job.out / "checkpoints"
+    state = _train(model, job, checkpoints)
+    _finish(model, job, checkpoints, state)
+
+
+@contextmanager
+def _tuned(job: _Job, about: dict | None = None) -> Iterator[pd.DataFrame]:
+    "Hold the run's folder, see that the run is finished, and give its log; `about` is kept there."
+    _check_job(job)
+    with claim_run(job.out, _identity(job)) as finished:
+        if about:
+            write_json(job.out / "sft.json", about)
+        if not finished:
+            _run(job)
+        yield read_log(job.out)
+
+# %% ../../nbs/alignment/15_sft.ipynb #11ee6b10
 def fine_tune(
     lm: LM,  # is changed: load it anew for other uses
     train: Sequence[Example],  # one pass over them
@@ -153,40 +261,45 @@ def fine_tune(
     """The log of a training run: step, train_loss, dev_loss (nats per answer token), minutes.
 
     The tuned model is in `out`, where `load_lm` finds it. Called again with the same arguments,
-    the run goes on from its last checkpoint; a finished run is not run again. Raises `ValueError`
-    without examples, or where `out` holds a run with other settings or examples, `RuntimeError`
-    where another process works in `out`, `FloatingPointError` when the loss is no longer a number.
+    the run goes on from its newest whole checkpoint; a finished run is not run again. Raises
+    `ValueError` without examples, for one that is too long, for a model that was tuned before, and
+    where `out` holds another run or a damaged one; `RuntimeError` where another process works in
+    `out`, `FloatingPointError` when losses or weights are no longer numbers.
     """
-    if not len(train) or not len(dev):
-        raise ValueError(
-            f"there are {len(train)} train and {len(dev)} dev examples: give at least one of each"
-        )
-
-    out = Path(out)
-    with claim_run(out, _identity(lm, train, dev, settings, start)) as finished:
-        if not finished:
-            process_policy("training")
-            torch.manual_seed(settings.seed)
-            model = _trainable(lm, settings, start)
-            checkpoints = out / "checkpoints"
-            state = _train(model, lm, train, dev, checkpoints, settings, progress)
-            _load_weights(model, _chosen_checkpoint(checkpoints, state, settings))
-            save_tuned(model, lm, out)
-            log = log_table(state["log_history"]).round(4)
-            write_whole(out / "log.csv", log.to_csv(index=False).encode())
-            shutil.rmtree(checkpoints, ignore_errors=True)
-        return pd.read_csv(out / "log.csv")
+    job = _Job(lm, train, dev, Path(out), settings, start, progress)
+    with _tuned(job) as log:
+        return log
 
 # %% ../../nbs/alignment/15_sft.ipynb #d22099b9
+def _lessons(
+    lm: LM, task: AnnotatedTexts, label_order: str, seed: int, epochs: int
+) -> list[Example]:
+    "One example per text and epoch."
+    examples = []
+    for epoch in range(epochs):
+        examples.extend(list_examples(lm, task, label_order, seed + epoch))
+    return examples
+
+
 def _dev_texts(task: AnnotatedTexts, dev: AnnotatedTexts | None) -> AnnotatedTexts:
     "Up to 200 texts to measure the dev loss on: of `dev`, or of the task's dev split."
     if dev is None:
         dev = task.splits.get("dev")
     if dev is None:
         raise ValueError(f"{task.name} has no dev split to measure the loss on: pass dev=")
+    check_same_labels(dev, task.labels)
     return dev.sample(min(200, len(dev)), seed=0)
 
 # %% ../../nbs/alignment/15_sft.ipynb #cafd26c9
+def _read_about(folder: Path) -> dict:
+    "What `fit_sft` wrote of the task."
+    if not (folder / "sft.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} has no sft.json, so no run of fit_sft: read the model with load_lm"
+        )
+    return read_json(folder / "sft.json")
+
+# %% ../../nbs/alignment/15_sft.ipynb #9e19c43d
 @dataclass
 class SFT:
     "A language model tuned to write a task's labels; made by `fit_sft`, kept in its folder."
@@ -212,10 +325,13 @@ class SFT:
 
     @classmethod
     def load(cls, folder: str | Path, dtype: str = "float32") -> "SFT":
-        "The model of a finished run."
-        about = json.loads((Path(folder) / "sft.json").read_text())
-        log = pd.read_csv(Path(folder) / "log.csv")
-        return cls(load_lm(folder, dtype=dtype), about["label_order"], log)
+        """The model of a finished run.
+
+        Raises `FileNotFoundError` where there is none, `ValueError` where its files are damaged.
+        """
+        check_finished(folder)
+        about = _read_about(Path(folder))
+        return cls(load_lm(folder, dtype=dtype), about["label_order"], read_log(folder))
 
 # %% ../../nbs/alignment/15_sft.ipynb #6b64bf28
 def fit_sft(
@@ -231,24 +347,22 @@ def fit_sft(
     """A model tuned to write the lists of a task, without demonstrations; it is kept in `out`.
 
     A run that was stopped goes on, as in `fine_tune`, which also has the errors of the folder.
-    Raises `ValueError` where there is no text to learn from, or no dev split.
+    Raises `ValueError` where there is no text to learn from, and for a dev split that is missing or
+    has other labels.
     """
+    check_whole("epochs", epochs, least=1)
+    check_order(label_order)
     task, _ = training_data(task_train)
     dev = _dev_texts(task_train, dev)
     task = without_texts(task, dev.texts)
-    train = []
-    for epoch in range(epochs):
-        train.extend(list_examples(lm, task, label_order, settings.seed + epoch))
-    dev_examples = list_examples(lm, dev, label_order)
-
-    log = fine_tune(lm, train, dev_examples, out, settings, progress=progress)
-    about = {
-        "label_order": label_order,
-        "labels": list(task.labels),
-        "task": task.name,
-        "texts": len(task),
-        "epochs": epochs,
-    }
-    content = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
-    (Path(out) / "sft.json").write_text(content)
-    return SFT(load_lm(out), label_order, log)
+    train = _lessons(lm, task, label_order, settings.seed, epochs)
+    job = _Job(lm, train, list_examples(lm, dev, label_order), Path(out), settings, None, progress)
+    about = dict(
+        label_order=label_order,
+        labels=list(task.labels),
+        task=task.name,
+        texts=len(task),
+        epochs=epochs,
+    )
+    with _tuned(job, about) as log:
+        return SFT(load_lm(out), label_order, log)

@@ -24,6 +24,7 @@ from mlc_notebooks.alignment.linear import (
     read_predictor,
     write_predictor,
 )
+from ..data.checks import check_number, check_whole
 from ..data.labels import LabelSet
 from ..data.texts import AnnotatedTexts, training_data
 from ..models.encoders import sentence_encoder
@@ -70,6 +71,18 @@ class WordRegression:
         return cls(vectorizer, Linear(labels, tensors["weight"], tensors["bias"]))
 
 # %% ../../nbs/alignment/12_words.ipynb #48e9c654
+def _counted(task: AnnotatedTexts) -> tuple[Any, Any]:
+    "The vectorizer fitted on a task's texts, and their features (n, words)."
+    vectorizer = _vectorizer(min_df=2 if len(task) >= 50 else 1)
+    try:
+        return vectorizer, vectorizer.fit_transform(task.texts)
+    except ValueError as error:
+        raise ValueError(
+            f"{task.name}: the {len(task)} training texts have no words to learn from ({error}): "
+            "give more texts, or another method"
+        ) from None
+
+
 def fit_words(
     task_train: AnnotatedTexts,
     soft: bool = False,  # learn the annotators' shares instead of majority sets
@@ -77,9 +90,9 @@ def fit_words(
     seed: int = 0,
 ) -> WordRegression:
     "A `WordRegression` fitted on annotated texts; raises `ValueError` where there are none."
+    check_number("C", C, above=0)
     task, targets = training_data(task_train, soft)
-    vectorizer = _vectorizer(min_df=2 if len(task) >= 50 else 1)
-    features = vectorizer.fit_transform(task.texts)
+    vectorizer, features = _counted(task)
     return WordRegression(vectorizer, fit_linear(features, targets, task.labels, C, seed))
 
 # %% ../../nbs/alignment/12_words.ipynb #5469e488
@@ -96,9 +109,13 @@ class Neighbours:
     def predict(self, task: AnnotatedTexts) -> pd.DataFrame:
         "Marginals (n, L). Raises `ValueError` for a task with other labels."
         check_same_labels(task, self.labels)
-        similarity = np.asarray(self.encode(task.texts)) @ self.vectors.T
-        nearest = np.argsort(-similarity, axis=1, kind="stable")[:, : self.k]
-        return marginals_table(self.targets[nearest].mean(axis=1), task, self.labels)
+        means = self.targets[self._nearest(task.texts)].mean(axis=1)
+        return marginals_table(means, task, self.labels)
+
+    def _nearest(self, texts: Sequence[str]) -> np.ndarray:
+        "Positions (n, k) of the training texts that are most similar, the most similar first."
+        similarity = np.asarray(self.encode(texts)) @ self.vectors.T
+        return np.argsort(-similarity, axis=1, kind="stable")[:, : self.k]
 
     def save(self, folder: str | Path):
         "Write vectors and targets of the training texts; the encoder is not copied."
@@ -113,7 +130,16 @@ class Neighbours:
             encode = sentence_encoder()
         return cls(encode, labels, tensors["vectors"], tensors["targets"], about["k"])
 
-# %% ../../nbs/alignment/12_words.ipynb #45987ad7
+# %% ../../nbs/alignment/12_words.ipynb #6068ea0e
+def _check_vectors(vectors: np.ndarray, texts: int):
+    "Raise `ValueError` where an encoder has not made a vector of numbers for each text."
+    if vectors.ndim != 2 or len(vectors) != texts or not np.isfinite(vectors).all():
+        raise ValueError(
+            f"encode made an array of the shape {vectors.shape} from {texts} texts: it must be "
+            f"({texts}, width), of finite numbers"
+        )
+
+
 def fit_neighbours(
     task_train: AnnotatedTexts,
     encode: Callable | None = None,  # texts to unit vectors (n, width); None: `sentence_encoder`
@@ -125,8 +151,9 @@ def fit_neighbours(
     Raises `ValueError` for k below 1 or above the number of training texts.
     """
     task, targets = training_data(task_train, soft)
-    if not 1 <= k <= len(task):
-        raise ValueError(f"k is {k}: give 1 to {len(task)}, the number of training texts")
+    check_whole("k", k, least=1, most=len(task))
     if encode is None:
         encode = sentence_encoder()
-    return Neighbours(encode, task.labels, np.asarray(encode(task.texts)), targets, k)
+    vectors = np.asarray(encode(task.texts))
+    _check_vectors(vectors, len(task))
+    return Neighbours(encode, task.labels, vectors, targets, k)
