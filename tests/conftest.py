@@ -30,9 +30,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 # `make check` leaves out what loads a real model or trains one: pytest -m "not slow".
 REAL_MODELS = {"base_lm", "tuned_lm", "tokenizer", "tiny_lms", "cache"}
 SLOW_FILES = {
+    "test_adapters",
     "test_benchmarks",
     "test_cli",
     "test_demux",
+    "test_fetch",
     "test_models",
     "test_packaging",
     "test_rl",

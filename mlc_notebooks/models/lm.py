@@ -20,36 +20,60 @@ import numpy as np
 import torch
 
 from ..data.prompts import Prompt
-from .adapters import ADAPTERS, find_adapter, merge_adapter
+from .adapters import ADAPTERS, adapter_chain
 from .fetch import WHEEL_MODELS, fetch_model
+from .folders import check_model_folder, hub_folder
+from .hashes import WeightHash
+from .merging import merge_adapter
+from mlc_notebooks.models.names import (
+    first_line,
+    looks_like_folder,
+    named_folder,
+    near_name,
+    shown,
+)
 from .quiet import quiet_transformers
 
 # %% ../../nbs/models/03_lm.ipynb #39cab78e
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+def _known_names() -> list[str]:
+    "The short names of models and adapters."
+    return sorted([*WHEEL_MODELS, *ADAPTERS])
 
 
-def _check_folder(folder: Path) -> None:
-    "Raise `FileNotFoundError` for a folder without a model or without a tokenizer."
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is no model folder: it has no config.json")
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise FileNotFoundError(
-            f"{folder} has no tokenizer (tokenizer.json): save one there with "
-            "tokenizer.save_pretrained, a model cannot be read without it"
-        )
+def _unknown_name(name: str, reason: str) -> OSError:
+    "What to raise for a name that no model is found under."
+    near = near_name(name, _known_names())
+    hint = f" Did you mean {near}?" if near else ""
+    return OSError(
+        f"cannot load {shown(name)}: {reason}.{hint} Give one of {', '.join(_known_names())}, a "
+        "model folder with safetensors, or a hub id that can be reached"
+    )
 
 
-def _model_source(name: str) -> str | Path:
-    "The folder of a fetched model, a folder that was checked, or the name as a hub id."
+def _from_hub(name: str, code: bool) -> Path:
+    "The folder of a hub's model."
+    near = near_name(name, _known_names())
+    if near and "/" not in name:
+        raise _unknown_name(name, "there is no such model")
+    try:
+        return hub_folder(name, code)
+    except OSError as error:
+        raise _unknown_name(name, first_line(error)) from None
+
+
+def _model_folder(name: str, code: bool = False) -> Path:
+    "The folder of a model: fetched, checked, or from a hub. `code`: its Python files are wanted."
     if name in WHEEL_MODELS:
         return fetch_model(name)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        _check_folder(folder)
-        return folder
-    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(f"there is no model folder {name}")
-    return name
+    folder = named_folder(name)
+    if folder is None and looks_like_folder(name):
+        raise FileNotFoundError(f"there is no model folder {shown(name)}")
+    if folder is None:
+        folder = _from_hub(name, code)
+        if (folder / "adapter_config.json").is_file():
+            raise OSError(f"{shown(name)} is an adapter: load it by its folder, {folder}")
+    check_model_folder(folder)
+    return folder
 
 # %% ../../nbs/models/03_lm.ipynb #e3f5fa25
 def _converted_weights(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -70,31 +94,77 @@ def _converted_weights(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor
     return weights
 
 
-def _load_converted(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    "A fetched model in another dtype than its file has."
+def _load_converted(folder: Path, dtype: torch.dtype) -> tuple[torch.nn.Module, dict]:
+    "A fetched model in another dtype than its file has, and what happened while it was loaded."
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder)
     model_class = getattr(transformers, config.architectures[0])
     weights = _converted_weights(folder / "model.safetensors", dtype)
-    model = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+    model, report = model_class.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+    )
     model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    return model
+    return model, report
+
+# %% ../../nbs/models/03_lm.ipynb #67ee81ba
+def _part_of(weight: str) -> str:
+    "The part of a model that a weight belongs to, the same for all layers."
+    return re.sub(r"\d+", "N", weight).rpartition(".")[0]
+
+
+def _check_report(folder: Path, model: torch.nn.Module, report: dict) -> None:
+    "Raise `OSError` where weights were missing, left over, or of another shape."
+    parts = {_part_of(name) for name in model.state_dict()}
+    left_over = [name for name in report["unexpected_keys"] if _part_of(name) in parts]
+    other_shape = [found[0] for found in report["mismatched_keys"]]
+    for what, names in (
+        ("lacks weights of the model, which would be drawn at random", report["missing_keys"]),
+        ("holds weights that the model of its config.json has no place for", left_over),
+        ("holds weights of another shape than its config.json says", other_shape),
+    ):
+        if names:
+            more = " ..." if len(names) > 3 else ""
+            raise OSError(
+                f"{folder} {what}: {', '.join(sorted(names)[:3])}{more} ({len(names)} in all). "
+                "Save the model anew with save_pretrained"
+            )
 
 # %% ../../nbs/models/03_lm.ipynb #bc9554c5
-def _load_parts(name: str, source: str | Path, dtype: torch.dtype, trust_remote_code: bool):
-    "Model and tokenizer. No pickle is read: without safetensors the library raises `OSError`."
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _load_model(name: str, folder: Path, dtype: torch.dtype, code: bool) -> torch.nn.Module:
+    "The model of a folder, whole. No pickle is read."
+    from transformers import AutoModelForCausalLM
 
-    options = {"trust_remote_code": trust_remote_code}
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        if name in WHEEL_MODELS and dtype != getattr(torch, WHEEL_MODELS[name].dtype):
-            model = _load_converted(source, dtype)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, use_safetensors=True, **options
-            )
+    if name in WHEEL_MODELS and dtype != getattr(torch, WHEEL_MODELS[name].dtype):
+        model, report = _load_converted(folder, dtype)
+    else:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=code,
+            output_loading_info=True,
+        )
+    _check_report(folder, model, report)
+    return model
+
+
+def _load_parts(name: str, dtype: torch.dtype, trust_remote_code: bool):
+    "Model and tokenizer of a name; raises `OSError` where the folder cannot be loaded."
+    from transformers import AutoTokenizer
+
+    folder = _model_folder(name, trust_remote_code)
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            model = _load_model(name, folder, dtype, trust_remote_code)
+    except MemoryError:
+        raise
+    except Exception as error:  # of the library, of its tokenizers, of a file that is damaged
+        if str(folder) in str(error):
+            raise OSError(first_line(error)) from error
+        kind = type(error).__name__
+        raise OSError(f"{folder} cannot be loaded ({kind}: {first_line(error)})") from error
     return model, tokenizer
 
 # %% ../../nbs/models/03_lm.ipynb #93c2285c
@@ -182,18 +252,10 @@ def _size(model: torch.nn.Module) -> str:
     return f"{weights / 1e6:,.0f} million weights"
 
 # %% ../../nbs/models/03_lm.ipynb #315c1807
-def _fingerprint(model: torch.nn.Module, tokenizer) -> dict[str, str]:
-    "16 hexadecimal digits for the weights (about 1,024 values of each tensor) and the tokenizer."
-    weights = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        step = max(1, tensor.numel() // 1024)
-        values = tensor.flatten()[::step].float().cpu().numpy()
-        weights.update(name.encode() + values.tobytes())
+def _vocabulary_hash(tokenizer) -> str:
+    "16 hexadecimal digits for all tokens and their ids."
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
-    return {
-        "weights": weights.hexdigest()[:16],
-        "tokenizer": hashlib.sha256(vocabulary).hexdigest()[:16],
-    }
+    return hashlib.sha256(vocabulary).hexdigest()[:16]
 
 # %% ../../nbs/models/03_lm.ipynb #4cbdb0e3
 @dataclass(eq=False, repr=False)
@@ -249,9 +311,52 @@ class LM:
         return self.tokenizer.decode(ids, **_AS_WRITTEN)
 
     @cached_property
+    def _weight_hash(self) -> WeightHash:
+        return WeightHash()
+
+    @property
     def fingerprint(self) -> dict[str, str]:
-        "Short hashes of the weights and of the tokenizer."
-        return _fingerprint(self.model, self.tokenizer)
+        "Short hashes of all weights, as they are now, and of the tokenizer."
+        return {
+            "weights": self._weight_hash(self.model),
+            "tokenizer": _vocabulary_hash(self.tokenizer),
+        }
+
+# %% ../../nbs/models/03_lm.ipynb #795ccffc
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def _float_dtype(dtype: str) -> torch.dtype:
+    "The dtype of this name; raises `ValueError` for one that a model cannot be computed in."
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ValueError(f"unknown dtype {shown(name)}: use 'float32', 'bfloat16' or 'float16'")
+    return getattr(torch, name)
+
+
+def _usable_device(device: str) -> str:
+    "The device; auto: a GPU where there is one. Raises `ValueError` for one that is not there."
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        reason = first_line(error).rstrip(".")
+        raise ValueError(
+            f"device {shown(device)} cannot be used here ({reason}): use 'cpu' or 'auto'"
+        ) from None
+    return device
+
+# %% ../../nbs/models/03_lm.ipynb #cc191d47
+def _load_base(name: str, base: str, dtype: torch.dtype, trust_remote_code: bool):
+    "Model and tokenizer of `base`; an error says where `name`, an adapter on it, names it."
+    try:
+        return _load_parts(base, dtype, trust_remote_code)
+    except (OSError, ValueError) as error:
+        if name == base:
+            raise
+        reason = first_line(error)
+        raise OSError(f"{shown(name)} is an adapter on {shown(base)}: {reason}") from error
 
 # %% ../../nbs/models/03_lm.ipynb #18556807
 def load_lm(
@@ -262,31 +367,22 @@ def load_lm(
 ) -> LM:
     """A causal language model, ready to be asked.
 
-    A folder with a LoRA adapter (peft) is merged into the model that it names. Raises
+    A folder with an adapter (peft) is merged into the model that it names. Raises
     `FileNotFoundError` for a folder that does not exist, holds no model or lacks a tokenizer,
-    `OSError` for a name that cannot be loaded, `ValueError` for an unknown dtype.
+    `OSError` for a name or a folder that cannot be loaded, `ValueError` for a damaged file, an
+    adapter that cannot be merged, an unknown dtype or device.
     """
-    torch_dtype = getattr(torch, dtype, None)
-    if not isinstance(torch_dtype, torch.dtype):
-        raise ValueError(f"unknown dtype {dtype!r}: use 'float32', 'bfloat16' or 'float16'")
+    torch_dtype = _float_dtype(dtype)
+    device = _usable_device(device)
     name = str(name)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    adapter = find_adapter(name)
-    if adapter is not None:
-        base, folder = adapter
-        lm = load_lm(base, device=device, trust_remote_code=trust_remote_code)
-        merge_adapter(lm.model, folder)  # in float32, and rounded afterwards
-        return LM(name, lm.model.to(torch_dtype).eval(), lm.tokenizer)
+    base, adapters = adapter_chain(name)
+    if not adapters:
+        model, tokenizer = _load_base(name, base, torch_dtype, trust_remote_code)
+        return LM(name, model.to(device).eval(), tokenizer)
 
-    source = _model_source(name)
-    try:
-        model, tokenizer = _load_parts(name, source, torch_dtype, trust_remote_code)
-    except OSError as error:
-        raise OSError(
-            f"cannot load {name!r}: it is none of {sorted([*WHEEL_MODELS, *ADAPTERS])}, no model "
-            "folder with safetensors, and no hub id that can be reached "
-            f"({str(error).splitlines()[0]})"
-        ) from None
-    return LM(name, model.to(device).eval(), tokenizer)
+    model, tokenizer = _load_base(name, base, torch.float32, trust_remote_code)
+    model = model.to(device).eval()
+    for folder in adapters:
+        model = merge_adapter(model, folder)  # in float32, and rounded afterwards
+    return LM(name, model.to(torch_dtype).eval(), tokenizer)
