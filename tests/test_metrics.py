@@ -702,7 +702,7 @@ def test_noise_ceiling_by_hand(few_draws):
         np.array([[1, 1], [1, 1]]),
         np.array([[1, 0]]),
     ]
-    task = AnnotatedTexts("tiny", "abc", ["x", "y", "z"], labels, votes)
+    task = AnnotatedTexts("tiny", ["a", "b", "c"], ["x", "y", "z"], labels, votes)
     table = noise_ceiling(task)
     left_out = dict(method="annotators, leave-one-out", metric="L1")
     assert cell(table, **left_out) == pytest.approx((4 / 3 + 0) / 2)

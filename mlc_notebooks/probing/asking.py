@@ -9,14 +9,13 @@ __all__ = ['as_task', 'check_collisions', 'ListQuestions', 'check_vocabulary', '
 
 # %% ../../nbs/probing/03_asking.ipynb #5e82999f
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import pandas as pd
 
 from ..data.answers import AnswerFormat
 from ..data.checks import check_choice, check_kind, check_number, check_whole
 from ..data.demonstrations import demonstrations_for
+from ..data.inputs import check_listed
 from ..data.labels import LabelSet
 from ..data.prompts import Template, check_texts, list_prompts
 from ..data.texts import AnnotatedTexts, unannotated
@@ -26,24 +25,6 @@ from ..models.lm import LM
 from ..models.tokens import AnswerTokens
 
 # %% ../../nbs/probing/03_asking.ipynb #438400f4
-_NO_LISTS = (Mapping, Set, pd.DataFrame)  # going over these gives keys, no order, or columns
-
-
-def _strings(texts) -> list[str]:
-    "The texts as a list; raises `TypeError` for what is no list of strings."
-    if isinstance(texts, (str, bytes)):
-        raise TypeError("texts is one string: pass a list of strings")
-    if isinstance(texts, _NO_LISTS) or not isinstance(texts, Iterable):
-        raise TypeError(
-            f"texts is a {type(texts).__name__}: pass a list of strings (one column of a table, as "
-            "table['text'].tolist()) or a task"
-        )
-    texts = list(texts)
-    for i, text in enumerate(texts):
-        check_kind(f"text {i}", text, str, "a list of strings as texts")
-    return texts
-
-
 def as_task(
     texts: AnnotatedTexts | Sequence[str], labels: LabelSet | Sequence[str] | None
 ) -> AnnotatedTexts:
@@ -56,7 +37,7 @@ def as_task(
         if labels is not None:
             raise ValueError("the texts carry labels already: pass labels= only with plain strings")
         return texts
-    texts = _strings(texts)
+    texts = check_listed("texts", texts)
     if labels is None:
         raise ValueError("plain strings need labels=, a list of names or a LabelSet")
 
