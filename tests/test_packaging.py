@@ -76,7 +76,7 @@ def test_every_imported_package_is_declared():
     extras = [key for key in SETTINGS if key.endswith("_requirements") and key[:4] != "dev_"]
     assert {"numpy", "yaml", "peft"} <= imported("mlc_notebooks")
     assert undeclared("mlc_notebooks", "requirements", *extras) == []
-    neighbours = {"rooms"}  # a script beside the tests
+    neighbours = {path.stem for path in (ROOT / "tests").glob("*.py")}
     assert set(undeclared("tests", "requirements", "dev_requirements")) <= neighbours
 
 
