@@ -38,6 +38,7 @@ SLOW_FILES = {
     "test_runs",
     "test_sft",
     "test_supervised",
+    "test_training_folders",
 }
 
 
