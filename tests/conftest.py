@@ -41,6 +41,7 @@ SLOW_FILES = {
     "test_runs",
     "test_sft",
     "test_supervised",
+    "test_training_folders",
 }
 
 

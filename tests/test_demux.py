@@ -19,7 +19,7 @@ from mlc_notebooks.alignment import (
     label_tokens,
     pair_penalty,
 )
-from mlc_notebooks.data import AnnotatedTexts, LabelSet, load_task
+from mlc_notebooks.data import AnnotatedTexts, LabelSet, claimed, load_task
 from mlc_notebooks.models import load_encoder
 
 LABELS = LabelSet(["joy", "fear", "anger"])
@@ -513,6 +513,14 @@ def test_soft_targets_are_the_shares(tiny, none):
         for soft in (True, False)
     )
     assert abs(soft["fear"] - 0.2) < 0.07 and hard["fear"] < 0.1
+
+
+def test_nothing_is_saved_where_another_process_works(tiny, tmp_path):
+    model = Demux(LABELS, *load_encoder(tiny))
+    with claimed(tmp_path), pytest.raises(RuntimeError, match="in use by another process"):
+        model.save(tmp_path)
+    model.save(tmp_path)
+    assert Demux.load(tmp_path).labels == LABELS
 
 
 def test_missing_model_says_how_to_finish_it(tmp_path):

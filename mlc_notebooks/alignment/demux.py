@@ -10,6 +10,7 @@ __all__ = ['label_question', 'label_tokens', 'pair_penalty', 'demux_loss', 'Demu
 # %% ../../nbs/alignment/18_demux.ipynb #ee53ad2a
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from mlc_notebooks.alignment.linear import (
 )
 from .training_folders import check_files, read_log, written_aside
 from ..data.checks import check_whole
+from ..data.files import claimed
 from ..data.labels import LabelSet
 from ..data.prompts import check_texts
 from ..data.texts import AnnotatedTexts
@@ -287,9 +289,10 @@ class Demux(_TextDemux):
         table.attrs["truncated"] = cut
         return table
 
-    def save(self, folder: str | Path):
-        "Write weights as safetensors, encoder config, tokenizer, settings and log."
-        _save(self, Path(folder))
+    def save(self, folder: str | Path, held: bool = False):
+        "Write weights, config, tokenizer, settings and log; held: the folder is claimed already."
+        with nullcontext() if held else claimed(folder):
+            _save(self, Path(folder))
 
     @classmethod
     def load(cls, folder: str | Path) -> "Demux":

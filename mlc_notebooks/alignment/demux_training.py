@@ -247,7 +247,7 @@ def _finish(model: Demux, state: dict, out: Path, checkpoints: Path):
     best = checkpoints / f"checkpoint-{state['best_global_step']}"
     model.load_state_dict(load_file(best / "model.safetensors"))
     model.log = _log(state["log_history"])
-    model.eval().save(out)
+    model.eval().save(out, True)  # the folder is held already
     shutil.rmtree(checkpoints)
 
 
