@@ -8,6 +8,7 @@ from . import summary as summary
 from . import page as page
 from . import exits as exits
 from . import options as options
+from . import file_tasks as file_tasks
 from . import cli as cli
 from .drawing import OTHER as OTHER
 from .drawing import WRITTEN as WRITTEN
@@ -71,6 +72,10 @@ from .options import add_texts as add_texts
 from .options import some_path as some_path
 from .options import some_text as some_text
 from .options import whole_number as whole_number
+from .file_tasks import add_file_options as add_file_options
+from .file_tasks import check_no_file_options as check_no_file_options
+from .file_tasks import file_task as file_task
+from .file_tasks import unless_described as unless_described
 from .cli import mlc_align as mlc_align
 from .cli import mlc_fetch as mlc_fetch
 from .cli import mlc_probe as mlc_probe

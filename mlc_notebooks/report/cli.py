@@ -17,45 +17,13 @@ from pathlib import Path
 
 from ..models.fetch import WHEEL_MODELS
 from .exits import named, run_command
+from mlc_notebooks.report.file_tasks import (
+    add_file_options,
+    check_no_file_options,
+    file_task,
+    unless_described,
+)
 from .options import Parser, add_asking, add_out, add_texts, some_text
-
-# %% ../../nbs/report/07_cli.ipynb #feb3273f
-def _exists(given: str) -> bool:
-    "Whether there is a file of this name; a list of labels may be longer than a name can be."
-    try:
-        return Path(given).exists()
-    except OSError:
-        return False
-
-
-def _labels_file(given: str) -> str:
-    "The name of a file of labels."
-    if Path(given).is_dir():
-        raise ValueError(f"--labels {given} is a folder: give a file of labels")
-    return given
-
-
-def _file_labels(given: str | None) -> str | list[str] | None:
-    "Label names from a comma-separated list; a file with one name per line is handed on."
-    if given is None:
-        return None
-    if _exists(given):
-        return _labels_file(given)
-    if "," not in given and Path(given).suffix:
-        raise FileNotFoundError(f"there is no file of labels {given} (--labels)")
-    return [name.strip() for name in given.split(",")]
-
-
-def _file_task(args: argparse.Namespace):
-    "The texts of a file: all of them, or a sample where the command line asks for one."
-    from mlc_notebooks.data.tables import load_table
-
-    labels = _file_labels(args.labels)
-    with named("--file", args.file):
-        task = load_table(args.file, labels, text=args.text)
-    if args.n is None and args.sample is None:
-        return task
-    return _sample(task, args.n or len(task), args, "random")
 
 # %% ../../nbs/report/07_cli.ipynb #9b8c0c20
 def _sample(task, count: int, args: argparse.Namespace, kind: str):
@@ -77,8 +45,8 @@ def _check_texts(args: argparse.Namespace) -> None:
     "Raise `ValueError` for options about texts that exclude one another."
     if args.file and args.task:
         raise ValueError("give --task or --file, not both")
-    if args.labels and not args.file:
-        raise ValueError("--labels goes with --file; a task has its own labels")
+    if not args.file:
+        check_no_file_options(args)
     _check_once(args.task or [])
 
 # %% ../../nbs/report/07_cli.ipynb #2af67517
@@ -101,7 +69,10 @@ def _tasks(
 
     _check_texts(args)
     if args.file:
-        return [_file_task(args)]
+        task = file_task(args)
+        if args.n is None and args.sample is None:
+            return [task]
+        return [_sample(task, args.n or len(task), args, "random")]
     tasks = [load_task(name) for name in args.task or names]
     counts = _even_shares(args.n or size, len(tasks))
     return [_sample(task, count, args, sample) for task, count in zip(tasks, counts)]
@@ -142,6 +113,7 @@ _PROBE_EXAMPLES = """examples:
   mlc-probe                                      64 texts of GoEmotions and BRIGHTER English
   mlc-probe --task convabuse --shots 10 --n 50   another task, ten demonstrations
   mlc-probe --file my.csv                        your own: columns "text" and "labels" (joy; anger)
+  mlc-probe --file my.csv --describe             how the file is understood; no model is run
   mlc-probe --file texts.jsonl --labels labels.txt --model path/to/model"""
 
 
@@ -152,6 +124,7 @@ def _probe_parser() -> argparse.ArgumentParser:
     what = add_texts(parser, sample=drawn, size="64 of a task, all of a file")
     named = "tasks by name (default: goemotions brighter-eng)"
     what.add_argument("--task", nargs="+", metavar="NAME", help=named)
+    add_file_options(parser)
     _add_answering(add_asking(parser, model="smollm2-135m-emotions", shots=0))
     add_out(parser, "runs/probe", "the report")
     return parser
@@ -215,7 +188,7 @@ def _print_summary(args: argparse.Namespace, summary, page: Path) -> None:
 
 def mlc_probe(argv: list[str] | None = None) -> int:
     "The exit code of the command `mlc-probe`."
-    return run_command(_probe_parser(), _probe_and_report, argv)
+    return run_command(_probe_parser(), unless_described(_probe_and_report), argv)
 
 # %% ../../nbs/report/07_cli.ipynb #d78f85b9
 _ALIGN_EXAMPLES = """examples:
@@ -233,6 +206,7 @@ def _align_parser() -> argparse.ArgumentParser:
     parser = Parser("mlc-align", about, _ALIGN_EXAMPLES)
     what = add_texts(parser, sample="random", size="100")
     what.add_argument("--task", nargs=1, metavar="NAME", help="a task by name (default: convabuse)")
+    add_file_options(parser)
     how = add_asking(parser, model="smollm2-135m-emotions", shots=0)
     named = "names, 'all', or 'traces' (default): those that cost no more than one answer per text"
     how.add_argument("--methods", nargs="+", metavar="NAME", default=["traces"], help=named)
@@ -297,7 +271,7 @@ def _align_and_save(args: argparse.Namespace) -> None:
 
 def mlc_align(argv: list[str] | None = None) -> int:
     "The exit code of the command `mlc-align`."
-    return run_command(_align_parser(), _align_and_save, argv)
+    return run_command(_align_parser(), unless_described(_align_and_save), argv)
 
 # %% ../../nbs/report/07_cli.ipynb #30563dc4
 def _known_models() -> str:

@@ -50,6 +50,12 @@ _OPTION_OF = {  # by the name of the argument
     "chat": "chat",
     "long_text": "long-text",
     "folder": "out",
+    "labels_column": "labels-column",
+    "id": "id",
+    "annotator": "annotator",
+    "separator": "separator",
+    "delimiter": "delimiter",
+    "encoding": "encoding",
 }
 _ARGUMENT = re.compile(rf"(?<![\w-])({'|'.join(_OPTION_OF)})=(?:'([^']*)'|([\w.]*))")
 _PHRASES = {
@@ -59,6 +65,8 @@ _PHRASES = {
     ", demonstrations of your own,": ", give a file a column split with rows train and test,",
     " with `load_table`": " with --file",
     "use chat=False": "leave out --chat",
+    "soft=True": "--soft",
+    "blank_as_zero=True": "--blank-as-zero",
 }
 
 
