@@ -14,7 +14,7 @@ ifneq ($(wildcard ../shared/data),)
 export MLC_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: demo lab check test lint sync-check docs-check readme readme-check fast-tests nbdev-test pytest tutorials adapter recorded benchmark benchmark-rivals benchmark-cost benchmark-training growth studies export
+.PHONY: demo lab check test lint sync-check docs-check readme readme-check fast-tests nbdev-test pytest tutorials adapter recorded benchmark benchmark-rivals benchmark-cost benchmark-training growth studies export constraints audit
 
 demo: $(READY)
 	$(BIN)/mlc-probe --task goemotions brighter-eng --n 64 --sample main --seed 0 --out $(DEMO)
@@ -22,12 +22,34 @@ demo: $(READY)
 lab: $(READY)
 	cd nbs/tutorials && ../../$(BIN)/jupyter lab
 
-$(READY): settings.ini setup.py pyproject.toml
+# The releases that everything was tested with. They were taken with one Python (its version stands
+# in the first line); another Python may need other releases, and gets the newest that are allowed.
+TESTED := constraints.txt
+TESTED_PYTHON := $(shell sed -n '1s/.*Python \([0-9.]*\).*/\1/p' $(TESTED) 2>/dev/null)
+THIS_PYTHON = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+CONSTRAIN = $(if $(filter $(TESTED_PYTHON),$(THIS_PYTHON)),-c $(TESTED))
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check
+
+$(READY): settings.ini setup.py pyproject.toml $(TESTED)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python >= 3.10 is needed: make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check '$(TORCH)'
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(PIP) '$(TORCH)' $(CONSTRAIN)
+	$(PIP) -e '.[dev]' $(CONSTRAIN)
 	touch $@
+
+# Take the newest releases that settings.ini allows, into an environment of its own; then make test.
+constraints:
+	@rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check '$(TORCH)'
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check '.[dev]'
+	@{ echo "# Tested with Python $(THIS_PYTHON) on $$(uname -s): made by make constraints, used by make demo and make test."; \
+	.venv-newest/bin/pip freeze --disable-pip-version-check | grep -v -e '^torch==' -e '^mlc' ; } > $(TESTED)
+	@rm -rf .venv-newest
+
+# Known vulnerabilities in these releases, asked of a public database; skipped without a network.
+audit:
+	@$(PYTHON) tests/audit.py $(TESTED)
 
 # While you work (under two minutes), and everything.
 check: lint sync-check docs-check fast-tests

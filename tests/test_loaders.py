@@ -206,7 +206,7 @@ def test_own_tables(ending, tmp_path):
     frame = pd.DataFrame(
         {
             "text": ["a", "b", "c"],
-            "labels": ["joy; fear", "", "joy"],
+            "labels": ["joy; fear", "none", "joy"],
             "split": ["train", "test", "test"],
         }
     )

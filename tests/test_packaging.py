@@ -2,16 +2,21 @@
 needs.
 """
 
+import ast
+import re
 import subprocess
 import sys
 import zipfile
 from configparser import ConfigParser
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
+
+from packaging.requirements import Requirement
 
 import mlc_notebooks
 
@@ -30,6 +35,60 @@ def test_settings_and_pyproject_agree():
     assert SETTINGS["author"] == PROJECT["authors"][0]["name"]
     assert PROJECT["urls"]["Repository"].endswith(f"{SETTINGS['user']}/{SETTINGS['repo']}")
     assert SETTINGS["version"] == mlc_notebooks.__version__
+
+
+def normal(name):
+    "A distribution's name as the package index compares it."
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def declared(*keys):
+    "Requirements of settings.ini, by normal name."
+    found = [Requirement(line) for key in keys for line in SETTINGS[key].split()]
+    return {normal(requirement.name): requirement for requirement in found}
+
+
+def imported(folder):
+    "The packages that are not Python's own which the modules of a folder import, anywhere in them."
+    found = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found.add(node.module.partition(".")[0])
+    return found - set(sys.stdlib_module_names) - {"mlc_notebooks"}
+
+
+def undeclared(folder, *keys):
+    "Imported packages without a requirement in these lists."
+    known = declared(*keys)
+    of_module = packages_distributions()
+    missing = []
+    for module in sorted(imported(folder)):
+        distributions = map(normal, of_module.get(module, [module]))
+        if not any(name in known for name in distributions):
+            missing.append(module)
+    return missing
+
+
+def test_every_imported_package_is_declared():
+    extras = [key for key in SETTINGS if key.endswith("_requirements") and key[:4] != "dev_"]
+    assert {"numpy", "yaml", "peft"} <= imported("mlc_notebooks")
+    assert undeclared("mlc_notebooks", "requirements", *extras) == []
+    neighbours = {"rooms"}  # a script beside the tests
+    assert set(undeclared("tests", "requirements", "dev_requirements")) <= neighbours
+
+
+def test_the_releases_that_were_tested_are_releases_that_are_allowed():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    tested = [Requirement(line) for line in lines if not line.startswith("#")]
+    tested = {normal(one.name): next(iter(one.specifier)) for one in tested}
+    assert all(pin.operator == "==" for pin in tested.values())
+    for name, requirement in declared("requirements", "dev_requirements").items():
+        if name in ("torch", "tomli"):  # torch is named in the Makefile; tomli is for Python 3.10
+            continue
+        assert requirement.specifier.contains(tested[name].version), requirement
 
 
 def test_the_wheel_carries_data_and_notices(tmp_path):

@@ -25,14 +25,15 @@ from .sampling import agreement_of, draw_from_cells, label_cells
 def _check_one_chosen(where: str, votes: np.ndarray):
     "Raise `ValueError` where an annotator chose other than one label."
     chosen = votes.sum(1)
-    if (chosen != 1).any():
+    wrong = np.abs(chosen - 1) > 1e-6
+    if wrong.any():
         raise ValueError(
-            f"{where}: an annotator chose {int(chosen[chosen != 1][0])} labels, "
+            f"{where}: an annotator chose {chosen[wrong][0]:g} labels, "
             "but the task has no `none`: exactly one must be chosen"
         )
 
 
-def _check_votes(where: str, votes: np.ndarray, labels: LabelSet):
+def _check_votes(where: str, votes: np.ndarray, labels: LabelSet, shares: bool = False):
     "Raise `ValueError` for annotations that do not fit the labels; `where` names the item."
     if not isinstance(votes, np.ndarray):
         raise TypeError(f"{where} has annotations {votes!r:.80}: give an array (annotators, L)")
@@ -41,7 +42,10 @@ def _check_votes(where: str, votes: np.ndarray, labels: LabelSet):
             f"{where} has annotations of shape {votes.shape}, "
             f"expected (annotators, {len(labels)}) for the labels {list(labels)}"
         )
-    if not ((votes == 0) | (votes == 1)).all():  # np.isin takes several times as long
+    fits = (votes == 0) | (votes == 1)  # np.isin takes several times as long
+    if shares:
+        fits = (votes >= 0) & (votes <= 1)
+    if not fits.all():
         raise ValueError(f"{where} has annotations other than 0 and 1: {np.unique(votes)}")
     if not labels.is_multi:
         _check_one_chosen(where, votes)
@@ -76,7 +80,7 @@ def _check_text(name: str, item: str, text: str):
         raise ValueError(f"{name}: the text of item {item!r} is {text!r:.100}, not a string")
 
 
-def _check_items(name, ids, texts, labels, annotations):
+def _check_items(name, ids, texts, labels, annotations, aggregated=False):
     "Raise `ValueError` naming the item at fault."
     _check_label_set(name, labels)
     if not len(ids) == len(texts) == len(annotations):
@@ -87,7 +91,7 @@ def _check_items(name, ids, texts, labels, annotations):
     _check_ids(name, ids)
     for item, text, votes in zip(ids, texts, annotations):
         _check_text(name, item, text)
-        _check_votes(f"{name}: item {item!r}", votes, labels)
+        _check_votes(f"{name}: item {item!r}", votes, labels, aggregated)
 
 # %% ../../nbs/data/02_texts.ipynb #00c95767
 def _check_positions(positions: Iterable[int], length: int) -> list[int]:
@@ -113,7 +117,7 @@ class _Items:
     texts: tuple[str, ...]  # (n,)
     labels: LabelSet
     annotations: tuple[np.ndarray, ...]  # n arrays (annotators, L) of 0/1; no rows: nobody asked
-    aggregated: bool = False  # the one row of each item is the outcome of a vote
+    aggregated: bool = False  # the one row of each item is the outcome of a vote, or its shares
     label_noun: str = "labels"  # what the labels are called in a prompt
     splits: dict[str, "AnnotatedTexts"] = field(default_factory=dict)  # all splits by name
     sampling: dict = field(default_factory=dict)  # how this selection was drawn
@@ -121,7 +125,8 @@ class _Items:
     def __post_init__(self):
         for attribute in ("ids", "texts", "annotations"):
             object.__setattr__(self, attribute, check_listed(attribute, getattr(self, attribute)))
-        _check_items(self.name, self.ids, self.texts, self.labels, self.annotations)
+        items = (self.ids, self.texts, self.labels, self.annotations)
+        _check_items(self.name, *items, self.aggregated)
 
     def __len__(self) -> int:
         return len(self.ids)
