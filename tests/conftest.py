@@ -115,7 +115,7 @@ def tiny_lms(tokenizer):
     return {kind: LM(kind, make(kind, shape), tokenizer) for kind, shape in _ARCHITECTURES.items()}
 
 
-def write_as_told(tokenizer):
+def _write_as_told(tokenizer):
     """A GPT-2 that writes what it is told, with this tokenizer.
 
     The embedding of a position points to the token that comes after it. `write(start, ids)` makes
@@ -147,10 +147,16 @@ def write_as_told(tokenizer):
     return write
 
 
+@pytest.fixture(scope="session")
+def write_as_told():
+    "The function `_write_as_told`, for other tokenizers than SmolLM2's."
+    return _write_as_told
+
+
 @pytest.fixture(scope="module")
 def scripted(tokenizer):
-    "A function `scripted(start, ids)`, see `write_as_told`, with SmolLM2's tokenizer."
-    return write_as_told(tokenizer)
+    "A function `scripted(start, ids)`, see `_write_as_told`, with SmolLM2's tokenizer."
+    return _write_as_told(tokenizer)
 
 
 @pytest.fixture(scope="session")

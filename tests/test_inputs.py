@@ -121,7 +121,8 @@ TEXTS = [
     (lambda: unannotated(["a"], LABELS, ids=[7]), ValueError, "the id at position 0 is 7"),
     (lambda: unannotated(["a"], LABELS, ids=[NAN]), ValueError, "the id at position 0 is nan"),
     (lambda: unannotated(["a"], LABELS, ids=[None]), ValueError, "position 0 is None"),
-    (lambda: unannotated(["a"], LABELS, ids="1"), TypeError, "ids is one string"),
+    (lambda: unannotated(["a"], LABELS, ids="12"), ValueError, "2 ids, 1 texts"),
+    (lambda: unannotated(["a"], LABELS, ids=b"1"), TypeError, "ids is one string"),
     (lambda: unannotated(["a"], LABELS, ids={"1"}), TypeError, "ids is a set"),
     (lambda: unannotated(["a"], LABELS, ids=["1", "2"]), ValueError, "2 ids, 1 texts"),
     (lambda: items(annotations=[np.array([[NAN, 0]])]), ValueError, "other than 0 and 1"),
@@ -315,6 +316,7 @@ def damaged_tables():
     yield "empty.csv", b""
     yield "latin.csv", "text,labels\nnaïve,joy\n".encode("latin-1")
     yield "utf16.csv", "text,labels\nhm,joy\n".encode("utf-16-le")
+    yield "cut_utf16.csv", "text,labels\nhm,joy\n".encode("utf-16")[:-1]
     yield "binary.csv", bytes(range(256)) * 8
     yield "zipped.csv", zipped("table.csv", CSV)
     yield "cut.jsonl", b'{"text": "hm", "labels": ["joy"]}\n{"text": "o'

@@ -7,7 +7,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import write_as_told
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteFallback, Fuse, Replace, Strip
 from tokenizers.decoders import Sequence as Decoders
@@ -249,7 +248,7 @@ def test_thoughts_that_find_no_end(scripted, tokenizer):
     assert trace.items["outcomes"].iloc[0] == () and list(trace.steps["wrote"]) == [None]
 
 
-def test_a_chat_template_that_opens_the_reasoning(scripted, tokenizer, next_logprobs):
+def test_a_chat_template_that_opens_the_reasoning(write_as_told, tokenizer, next_logprobs):
     thinker = copy.deepcopy(tokenizer)
     turn = "{% if add_generation_prompt %}"
     assert turn in thinker.chat_template
@@ -266,7 +265,7 @@ def test_a_chat_template_that_opens_the_reasoning(scripted, tokenizer, next_logp
     check_steps(lm, prompt, script, answer, trace, next_logprobs)
 
 
-def test_marks_that_are_special_tokens_are_kept(tokenizer, next_logprobs):
+def test_marks_that_are_special_tokens_are_kept(write_as_told, tokenizer, next_logprobs):
     marked = copy.deepcopy(tokenizer)
     marked.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]"]})
     assert is_reasoning_token("[THINK]") and not is_reasoning_token("<|im_end|>")

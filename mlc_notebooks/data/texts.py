@@ -123,6 +123,8 @@ class _Items:
     sampling: dict = field(default_factory=dict)  # how this selection was drawn
 
     def __post_init__(self):
+        if isinstance(self.ids, str):  # "abc" is short for the ids a, b and c
+            object.__setattr__(self, "ids", tuple(self.ids))
         for attribute in ("ids", "texts", "annotations"):
             object.__setattr__(self, attribute, check_listed(attribute, getattr(self, attribute)))
         items = (self.ids, self.texts, self.labels, self.annotations)
