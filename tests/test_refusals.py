@@ -59,7 +59,11 @@ def lm(tiny_folder):
 @pytest.fixture(scope="module")
 def task():
     pool = AnnotatedTexts(
-        "made", [*"pqrs"], [f"Shown {i}" for i in range(4)], LABELS, [np.eye(3, dtype=int)[[0]]] * 4
+        "made",
+        list("pqrs"),
+        [f"Shown {i}" for i in range(4)],
+        LABELS,
+        [np.eye(3, dtype=int)[[0]]] * 4,
     )
     return unannotated(TEXTS, LABELS, name="made", splits={"train": pool})
 
