@@ -352,7 +352,7 @@ DAMAGES = {
     "rsLoRA without r": (settings(use_rslora=True, r=None), "belongs to another model"),
     "half a pair": (without("lora_B"), "lacks in the file"),
     "a layer missing": (without("layers.1"), "lacks in the file"),
-    "one more tensor": (with_tensors(one_more), "has no place for 1"),
+    "one more tensor": (with_tensors(one_more), r"layers.7.mlp.up_proj.lora_A.weight \(1"),
     "other width": (with_tensors(wider), "belongs to another model"),
     "NaN weights": (with_tensors(first_nan), "holds NaN or infinity"),
     "no tensors": (with_tensors(dict.clear), "holds no tensors"),

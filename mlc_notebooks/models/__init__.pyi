@@ -5,11 +5,13 @@ from . import folders as folders
 from . import adapters as adapters
 from . import merging as merging
 from . import hashes as hashes
+from . import loading as loading
 from . import lm as lm
 from . import tokens as tokens
 from . import encoders as encoders
 from .quiet import bar_options as bar_options
 from .quiet import quiet_transformers as quiet_transformers
+from .names import first_few as first_few
 from .names import first_line as first_line
 from .names import looks_like_folder as looks_like_folder
 from .names import named_folder as named_folder
@@ -35,6 +37,8 @@ from .merging import merge_adapter as merge_adapter
 from .merging import settings_beyond_lora as settings_beyond_lora
 from .hashes import WeightHash as WeightHash
 from .hashes import weights_hash as weights_hash
+from .loading import load_parts as load_parts
+from .loading import model_folder as model_folder
 from .lm import LM as LM
 from .lm import load_lm as load_lm
 from .tokens import AnswerTokens as AnswerTokens

