@@ -237,7 +237,7 @@ PHENOMENON = {
     "order: other labels": (lambda: order_accuracy(TRACE, OTHER), "'rage'"),
     "table: other labels": (lambda: phenomenon_table(TRACE, OTHER), "'rage'"),
     "order: other texts": (lambda: order_accuracy(TRACE, TASK.select([0])), "has no item 't1'"),
-    "order: nobody asked": (lambda: order_accuracy(TRACE, NOBODY), "'t0' has no annotations"),
+    "order: nobody asked": (lambda: order_accuracy(TRACE, NOBODY), "nobody annotated a text of"),
     "by_trace: none": (lambda: by_trace({}, label_order), "traces is an empty dict"),
     "by_trace: a list": (lambda: by_trace([TRACE], label_order), "give a dict"),
     "by_trace: no task": (

@@ -7,6 +7,7 @@ models that compute NaN, searches in the output tree, and questions.
 import io
 import json
 import pickle
+import re
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,11 @@ BARE = Template("", "{text}", "")  # so that yes and no begin with different byt
 NAN, INFINITE = float("nan"), float("inf")
 LIST = ["a list"]
 ARRAY = np.arange(3)
+
+
+def short(one):
+    "A case's name: short, and the same in every process."
+    return re.sub(r" at 0x[0-9a-f]+", "", str(one))[:40]
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +130,7 @@ PROBING = [
 ]
 
 
-@pytest.mark.parametrize("changed, error, says", PROBING, ids=lambda one: str(one)[:40])
+@pytest.mark.parametrize("changed, error, says", PROBING, ids=short)
 def test_arguments_of_probing(lm, task, changed, error, says):
     with refused(error, says, lm):
         probe_steps(lm, task, **dict(shots=2, multi_share=None, progress=False) | changed)
@@ -197,7 +203,7 @@ BATCHES = [
 ]
 
 
-@pytest.mark.parametrize("changed, says", BATCHES, ids=lambda one: str(one)[:40])
+@pytest.mark.parametrize("changed, says", BATCHES, ids=short)
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_arguments_of_a_run(tmp_path, changed, says, on_disk):
     given = dict(work=lambda batch: batch, positions=range(3), size=4, settings={})
@@ -216,7 +222,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("settings, says", SETTINGS, ids=lambda one: str(one)[:40])
+@pytest.mark.parametrize("settings, says", SETTINGS, ids=short)
 def test_settings_that_json_cannot_hold(tmp_path, settings, says):
     with refused(ValueError, says):
         keep(tmp_path, settings=settings)
@@ -664,7 +670,7 @@ def expand(wanted):
     return [Branch.read(FOLLOWING, [0.5] * 3, prefix) for _, prefix in wanted]
 
 
-@pytest.mark.parametrize("changed, says", SEARCH, ids=lambda one: str(one)[:40])
+@pytest.mark.parametrize("changed, says", SEARCH, ids=short)
 def test_limits_of_a_search(lm, task, changed, says):
     with refused(ValueError, says):
         best_first(expand, 1, 3, **changed)
@@ -708,7 +714,7 @@ DRAWS = [
 ]
 
 
-@pytest.mark.parametrize("changed, says", DRAWS, ids=lambda one: str(one)[:40])
+@pytest.mark.parametrize("changed, says", DRAWS, ids=short)
 def test_arguments_of_sampling(lm, task, changed, says):
     with refused(ValueError, says, lm):
         sampled_marginals(lm, task, **dict(shots=0, progress=False) | changed)

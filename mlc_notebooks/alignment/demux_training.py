@@ -8,7 +8,6 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/demux_training.htm
 __all__ = ['fit_demux']
 
 # %% ../../nbs/alignment/19_demux_training.ipynb #b96a74ee
-import hashlib
 import shutil
 import tempfile
 from dataclasses import replace
@@ -32,6 +31,7 @@ from .training_folders import claim_run
 from ..data.checks import check_number, check_whole
 from mlc_notebooks.data.texts import (
     AnnotatedTexts,
+    annotated,
     text_key,
     training_data,
     without_other_splits,
@@ -40,6 +40,7 @@ from ..engine.memory import process_policy
 from ..engine.runs import digest
 from ..metrics.sets import example_jaccard
 from ..models.encoders import load_encoder
+from ..models.hashes import weights_hash
 
 # %% ../../nbs/alignment/19_demux_training.ipynb #7c690056
 def _draw_tenth(keys: list[str], seed: int) -> set[str]:
@@ -73,11 +74,6 @@ def _check_enough(task: AnnotatedTexts, train: AnnotatedTexts, dev: AnnotatedTex
         )
 
 # %% ../../nbs/alignment/19_demux_training.ipynb #a519de7b
-def _annotated(task: AnnotatedTexts) -> AnnotatedTexts:
-    "The items that somebody annotated."
-    return task.select([i for i, votes in enumerate(task.annotations) if len(votes)])
-
-
 def _train_and_dev(
     task: AnnotatedTexts, dev: AnnotatedTexts | None, seed: int
 ) -> tuple[AnnotatedTexts, AnnotatedTexts]:
@@ -86,7 +82,7 @@ def _train_and_dev(
     if dev is None:
         dev = _dev_texts(task, train, seed)
     check_same_labels(dev, task.labels)
-    dev = _annotated(dev)
+    dev = annotated(dev)
     train = without_other_splits(replace(train, splits={"dev": dev}))
     _check_enough(task, train, dev)
     return train, dev
@@ -106,14 +102,6 @@ def _rows(model: Demux, task: AnnotatedTexts, soft: bool) -> tuple[list[dict], l
 def _targets(task: AnnotatedTexts, order: list[str]) -> np.ndarray:
     "The shares of annotators (n, L), labels in this order."
     return task.distribution()[order].to_numpy(np.float32)
-
-
-def _fingerprint(module: torch.nn.Module) -> str:
-    "A short hash of all weights."
-    found = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        found.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
 
 # %% ../../nbs/alignment/19_demux_training.ipynb #f64d7bcb
 def _chosen(logits: torch.Tensor, multi: bool) -> torch.Tensor:
@@ -281,7 +269,7 @@ def _add_data(
     "The rows to train on and to judge by; the model's settings learn what they are."
     rows, cut = _rows(model, train, model.settings["soft"])
     dev_rows, _ = _rows(model, dev, model.settings["soft"])
-    about = {"encoder_weights": _fingerprint(model.encoder), "train_texts": len(rows)}
+    about = {"encoder_weights": weights_hash(model.encoder), "train_texts": len(rows)}
     about |= {"train_truncated": len(cut), "train_data": digest(rows)}
     about |= {"dev_texts": len(dev_rows), "dev_data": digest(dev_rows)}
     model.settings |= about

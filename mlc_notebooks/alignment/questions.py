@@ -18,14 +18,16 @@ import pandas as pd
 from scipy.special import softmax
 
 from .registry import zero_shot_method
-from ..data.checks import check_whole
+from ..data.checks import check_kind, check_whole
 from ..data.demonstrations import unary_demonstrations_for
 from ..data.prompts import Prompt, check_texts, unary_prompts
 from ..data.texts import AnnotatedTexts
 from ..engine.backend import prompt_tree
-from ..engine.runs import in_batches, run_settings
+from ..engine.runs import check_folder, in_batches, run_settings
 from ..engine.tree import Node, TokenRows, compute_groups
 from ..models.lm import LM
+from ..models.tokens import encode_continuation
+from ..probing.asking import check_vocabulary
 
 # %% ../../nbs/alignment/04_questions.ipynb #bd96f5b5
 def question_trie(root: Node, rows: Sequence[Sequence[int]]) -> tuple[list[Node], list[int]]:
@@ -102,7 +104,7 @@ def _check_questions(prompts: Sequence[Sequence[Prompt]]):
 
 def _first_tokens(lm: LM, answers: Sequence[str], before: str) -> list[int]:
     "The first token of each answer; raises `ValueError` where two are the same."
-    firsts = [lm.encode_text(before + answer)[0] for answer in answers]
+    firsts = [encode_continuation(lm, before + answer)[0] for answer in answers]
     if len(set(firsts)) < len(firsts):
         raise ValueError(
             f"the answers {list(answers)} begin with the same token for {lm.name}: "
@@ -181,10 +183,13 @@ def ask_questions(
     Raises `ValueError` for a text without questions, where two answers begin with the same token,
     or a prompt does not fit the context, and for a folder what `in_batches` raises.
     """
+    check_kind("lm", lm, LM, "a model, as load_lm returns it")
+    check_folder(folder)
     _check_answers(answers)
     _check_questions(prompts)
     watch = _first_tokens(lm, answers, prompts[0][0].before_answer)
     rows = _encoded(lm, prompts)
+    check_vocabulary(lm, rows)
     texts = _tails_by_text(rows, prompts)
     tree = prompt_tree(lm, rows.shared, no_cache)
 

@@ -22,6 +22,7 @@ from ..data.prompts import Prompt, list_prompts
 from ..data.texts import AnnotatedTexts
 from ..engine.tree import common_prefix
 from ..models.lm import LM
+from ..models.tokens import encode_continuation
 
 # %% ../../nbs/alignment/13_sft_examples.ipynb #9aa60b8d
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def _answer_ids(lm: LM, chosen: Sequence[str], labels: LabelSet) -> list[int]:
     "Token ids of the list of the labels chosen, and the end of the text."
     ordered = [name for name in labels if name in chosen]
     answer = "\n" + FORMATS["json"].render(ordered, labels)
-    return [*lm.encode_text(answer), lm.tokenizer.eos_token_id]
+    return [*encode_continuation(lm, answer), lm.tokenizer.eos_token_id]
 
 
 def sft_example(

@@ -63,6 +63,7 @@ from .sampling import draw_from_cells as draw_from_cells
 from .sampling import even_counts as even_counts
 from .sampling import label_cells as label_cells
 from .texts import AnnotatedTexts as AnnotatedTexts
+from .texts import annotated as annotated
 from .texts import majority_of_shares as majority_of_shares
 from .texts import rename_labels as rename_labels
 from .texts import reorder_labels as reorder_labels

@@ -24,6 +24,7 @@ from .inputs import check_shares as check_shares
 from .inputs import check_table as check_table
 from .inputs import check_trace as check_trace
 from .inputs import gold_of as gold_of
+from .inputs import judged as judged
 from .profiles import first_step_marginals as first_step_marginals
 from .profiles import first_step_quality as first_step_quality
 from .profiles import known_values as known_values

@@ -6,14 +6,16 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/metrics/inputs.html.md"""
 
 # %% auto #0
 __all__ = ['check_sets', 'check_shares', 'check_scores', 'check_same_shape', 'check_table', 'check_marginals', 'check_trace',
-           'gold_of']
+           'gold_of', 'judged']
 
 # %% ../../nbs/metrics/00b_inputs.ipynb #89cf692e
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 
 from ..data.labels import LabelSet
-from ..data.texts import AnnotatedTexts
+from ..data.texts import AnnotatedTexts, annotated
 from ..probing.trace import Trace
 
 # %% ../../nbs/metrics/00b_inputs.ipynb #45c08179
@@ -162,3 +164,24 @@ def gold_of(trace: Trace, task: AnnotatedTexts) -> pd.DataFrame:
             "give the task that was probed"
         )
     return task.at(trace.items.index).majority()[names]
+
+# %% ../../nbs/metrics/00b_inputs.ipynb #4abb434e
+def judged(trace: Trace, task: AnnotatedTexts) -> Trace:
+    """The part of a trace about texts that somebody annotated, without hidden states.
+
+    Raises `ValueError` where there is none, and naming an item that the task lacks.
+    """
+    ids = annotated(task.at(trace.items.index)).ids
+    if not ids:
+        raise ValueError(f"nobody annotated a text of {task.name}: there is nothing to judge by")
+    if len(ids) == len(trace):
+        return trace
+    kept = trace.steps["example"].isin(ids).to_numpy()
+    return replace(
+        trace,
+        items=trace.items.loc[list(ids)],
+        steps=trace.steps[kept].reset_index(drop=True),
+        logprobs=trace.logprobs[kept],
+        hidden=None,
+        attention=None,
+    )

@@ -17,7 +17,7 @@ import pandas as pd
 from ..data.checks import check_whole
 from ..data.labels import LabelSet
 from ..data.texts import AnnotatedTexts
-from .inputs import check_trace, gold_of
+from .inputs import check_trace, gold_of, judged
 from .profiles import first_step_marginals, label_ranking_precision
 from .statistics import mean_table
 from ..probing.trace import Trace
@@ -242,10 +242,12 @@ def _right_by_position(trace: Trace, gold: pd.DataFrame, positions: int) -> pd.D
 def order_accuracy(trace: Trace, task: AnnotatedTexts, positions: int = 3) -> pd.DataFrame:
     """The share of right labels among those written first, second, ... (Figure 5), with intervals.
 
-    Only answers with two labels or more count. Columns: position, quantity, value, low, high, n
-    and rows. Raises `ValueError` naming an item that the task does not have, and for other labels.
+    Only answers with two labels or more count, about texts that somebody annotated. Columns:
+    position, quantity, value, low, high, n and rows. Raises `ValueError` naming an item that the
+    task does not have, for other labels, and where nobody annotated a text.
     """
     check_whole("positions", positions, least=1)
+    trace = judged(trace, task)
     tidy = _right_by_position(trace, gold_of(trace, task), positions)
     return mean_table(tidy, ["correct"], by=["position"])
 

@@ -20,6 +20,7 @@ from mlc_notebooks.metrics.inputs import (
     check_sets,
     check_trace,
     gold_of,
+    judged,
 )
 from mlc_notebooks.metrics.statistics import (
     bootstrap,
@@ -204,10 +205,12 @@ def _in_one_class(gold: np.ndarray) -> int:
 def first_step_quality(trace: Trace, task: AnnotatedTexts, resamples: int = 200) -> pd.DataFrame:
     """Entropy at step 1 (bits, over Y+), and how well step 1 ranks the labels of the majority sets.
 
-    Columns: quantity, value, low, high, n and excluded, which counts the items without gold labels
+    Of the texts that somebody annotated. Columns: quantity, value, low, high, n and excluded, which
+    counts the items without gold labels
     (label-ranking average precision) or the labels that all items have or all lack (AUROC).
     Raises `ValueError` naming an item that the task does not have, and for other labels.
     """
+    trace = judged(trace, task)
     first = first_step_marginals(trace)
     gold = gold_of(trace, task).to_numpy()
     entropy = step_profile(trace).query("step == 1")["entropy"]

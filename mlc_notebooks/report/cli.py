@@ -11,6 +11,7 @@ __all__ = ['mlc_probe', 'mlc_align', 'mlc_fetch']
 import argparse
 import contextlib
 import errno
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -226,16 +227,18 @@ def _method_names(asked: list[str], task) -> list[str]:
 
 # %% ../../nbs/report/07_cli.ipynb #9aaeaf28
 def _annotated_task(args: argparse.Namespace):
-    "The texts to ask about; raises `ValueError` where nobody annotated some of them."
-    from mlc_notebooks.report.page import if_annotated
+    "The texts to ask about that somebody annotated; raises `ValueError` where there are none."
+    from mlc_notebooks.data.texts import annotated
 
     (task,) = _tasks(args, ["convabuse"], 100, "random")
-    if if_annotated(task) is None:
+    known = annotated(task)
+    if not len(known):
         raise ValueError(
-            f"{task.name} has texts that nobody annotated: there is nothing to compare the "
-            "model with"
+            f"nobody annotated a text of {task.name}: there is nothing to compare the model with"
         )
-    return task
+    if len(known) < len(task):
+        print(f"{len(task) - len(known)} texts that nobody annotated are left out", file=sys.stderr)
+    return known
 
 
 def _save_alignment(out: Path, marginals: dict, report) -> None:

@@ -19,7 +19,7 @@ import pandas as pd
 
 from ..data.files import safe_name, write_whole
 from ..data.markup import fill_html, html_table
-from ..data.texts import AnnotatedTexts
+from ..data.texts import AnnotatedTexts, annotated
 from ..metrics.phenomenon import phenomenon_table
 from ..probing.trace import Trace
 from .fonts import fonts_for, fonts_to_install
@@ -42,8 +42,8 @@ def picture(drawn) -> str:
 
 
 def if_annotated(task: AnnotatedTexts | None) -> AnnotatedTexts | None:
-    "The task if all its items are annotated, else None."
-    if task is None or task.distribution().isna().any(axis=None):
+    "The task if somebody annotated some of its items, else None."
+    if task is None or not len(annotated(task)):
         return None
     return task
 

@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..data.texts import AnnotatedTexts
+from ..metrics.inputs import judged
 from ..metrics.order import next_labels, order_accuracy, rank_histogram
 from ..metrics.phenomenon import summarise
 from ..metrics.profiles import sorted_profile, step_profile
@@ -72,7 +73,7 @@ def plot_summary(
     _draw_steps(panels, trace)
     if several:
         _draw_order(panels, trace, following)
-    if several and task is not None:
+    if task is not None and _several(judged(trace, task)):
         accuracy = plot_order_accuracy(order_accuracy(trace, task), panels[2, 1])
         accuracy.set_title("Correct by position written")
     _excuse_empty_panels(panels, "needs gold labels" if several else "no answer has several labels")
