@@ -54,6 +54,8 @@ ARRAY = np.arange(3)
 
 def short(one):
     "A case's name: short, and the same in every process."
+    if isinstance(one, set):
+        one = sorted(one)
     return re.sub(r" at 0x[0-9a-f]+", "", str(one))[:40]
 
 
@@ -161,7 +163,7 @@ ASKED = [
 ]
 
 
-@pytest.mark.parametrize("texts, labels, error, says", ASKED, ids=lambda one: str(one)[:30])
+@pytest.mark.parametrize("texts, labels, error, says", ASKED, ids=short)
 def test_texts_and_labels_of_probing(lm, texts, labels, error, says):
     with refused(error, says, lm):
         probe_steps(lm, texts, shots=0, labels=labels, progress=False)
@@ -694,7 +696,7 @@ PRIORS = [
 ]
 
 
-@pytest.mark.parametrize("prior, says", PRIORS, ids=lambda one: str(one)[:30])
+@pytest.mark.parametrize("prior, says", PRIORS, ids=short)
 def test_priors_that_are_none(lm, task, prior, says):
     for method in (inclusion_bounds, sampled_marginals, marginals_calibrated):
         with refused(ValueError, says, lm):
