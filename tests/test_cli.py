@@ -114,7 +114,7 @@ def test_own_csv_to_alignment(tmp_path):
         (["--file", "nowhere.csv"], 2, "nowhere.csv"),
         (["--file", MY_CSV, "--task", "goemotions"], 2, "not both"),
         (["--file", MY_CSV, "--text", "comment"], 2, "no column 'comment'"),
-        (["--file", MY_CSV, "--labels", "joy,fear"], 2, "which the given labels"),
+        (["--file", MY_CSV, "--labels", "joy,fear"], 2, "are not among those given"),
         (["--file", MY_CSV, "--shots", "4"], 2, "no train split"),
         (["--file", MY_CSV, "--labels", "labels.txt"], 2, "no file of labels labels.txt"),
         (["--task", "semeval2018"], 2, "do not redistribute"),

@@ -269,7 +269,7 @@ def test_odd_labels_get_a_report(argv, place, tiny_folder, capsys, monkeypatch, 
     "name", ["...csv", "report.html.csv", "batches.csv", "<img src=x>$$.csv", "a" * 240 + ".csv"]
 )
 def test_a_file_of_any_name_gets_a_report_in_its_folder(name, tiny_folder, capsys, tmp_path):
-    (tmp_path / name).write_text(CSV.replace("I love it", "I paid $5 for lunch and $6, $$ _x^2_"))
+    (tmp_path / name).write_text(CSV.replace("I love it", '"I paid $5 for lunch and $6, $$ _x^2_"'))
     out = tmp_path / "in/out"
     asked = ["--file", str(tmp_path / name), "--model", str(tiny_folder), "--out", str(out)]
     assert ended(capsys, "mlc-probe", asked) == (0, [])

@@ -54,9 +54,9 @@ def test_batches_and_order_change_nothing(tuned_lm, task, decoding, reading):
     assert_same(probe_steps(tuned_lm, six, **ask, batch_size=1), whole)
     backwards = probe_steps(tuned_lm, six.select(range(5, -1, -1)), **ask, batch_size=4)
     assert_same(in_order(backwards, six.ids), whole)
-    three = six.select([0, 3, 5])
-    twin = probe_steps(tuned_lm, three, **ask, no_cache=True)
-    assert_same(probe_steps(tuned_lm, three, **ask), twin)
+    two = six.select([0, 3])
+    twin = probe_steps(tuned_lm, two, **ask, no_cache=True)
+    assert_same(probe_steps(tuned_lm, two, **ask), twin)
 
 
 def in_order(trace: Trace, ids) -> Trace:

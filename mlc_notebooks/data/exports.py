@@ -1,4 +1,4 @@
-"""What annotation tools export becomes rows: one per annotation, with id, text, annotator and labels
+"""What annotation tools export becomes rows: one per annotation
 
 Docs: https://mlc-notebooks.github.io/mlc_notebooks/data/exports.html.md"""
 
