@@ -283,3 +283,19 @@ def test_html_is_made_in_one_place():
         if path.name not in ("markup.py", "_modidx.py"):
             source = path.read_text(encoding="utf-8")
             assert not re.search(r"to_html\(|Markup\(|jinja2|f\"<\w+>", source), path.name
+
+
+def test_only_the_settings_about_formulas_are_put_back():
+    "A notebook's backend turns on `interactive` when the first figure is made."
+    before = mpl.rcParams["text.parse_math"]
+
+    @plain_texts
+    def plot():
+        plt.ion()
+        return plt.figure().subplots()
+
+    try:
+        plot()
+        assert plt.isinteractive() and mpl.rcParams["text.parse_math"] == before
+    finally:
+        plt.ioff()

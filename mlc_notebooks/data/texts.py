@@ -125,6 +125,8 @@ class _Items:
     def __post_init__(self):
         if isinstance(self.ids, str):  # "abc" is short for the ids a, b and c
             object.__setattr__(self, "ids", tuple(self.ids))
+        if isinstance(self.annotations, np.ndarray):  # (n, annotators, L): as many for each text
+            object.__setattr__(self, "annotations", tuple(self.annotations))
         for attribute in ("ids", "texts", "annotations"):
             object.__setattr__(self, attribute, check_listed(attribute, getattr(self, attribute)))
         items = (self.ids, self.texts, self.labels, self.annotations)

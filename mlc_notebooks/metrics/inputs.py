@@ -151,26 +151,32 @@ def _check_probs(trace: Trace):
         )
 
 # %% ../../nbs/metrics/00b_inputs.ipynb #dae8187c
+def _check_same_labels(trace: Trace, task: AnnotatedTexts):
+    "Raise `ValueError` for other labels than those of the trace."
+    if sorted(trace.labels) != sorted(task.labels):
+        raise ValueError(
+            f"the trace has the labels {list(trace.labels)} and {task.name} {list(task.labels)}: "
+            "give the task that was probed"
+        )
+
+
 def gold_of(trace: Trace, task: AnnotatedTexts) -> pd.DataFrame:
     """The majority sets 0/1 (n, L) of the trace's texts, columns in the order of its labels.
 
     Raises `ValueError` naming an item that the task lacks or that nobody annotated, and for other
     labels than those of the trace.
     """
-    names = list(trace.labels)
-    if sorted(names) != sorted(task.labels):
-        raise ValueError(
-            f"the trace has the labels {names} and {task.name} {list(task.labels)}: "
-            "give the task that was probed"
-        )
-    return task.at(trace.items.index).majority()[names]
+    _check_same_labels(trace, task)
+    return task.at(trace.items.index).majority()[list(trace.labels)]
 
 # %% ../../nbs/metrics/00b_inputs.ipynb #4abb434e
 def judged(trace: Trace, task: AnnotatedTexts) -> Trace:
     """The part of a trace about texts that somebody annotated, without hidden states.
 
-    Raises `ValueError` where there is none, and naming an item that the task lacks.
+    Raises `ValueError` where there is none, naming an item that the task lacks, and for other
+    labels than those of the trace.
     """
+    _check_same_labels(trace, task)
     ids = annotated(task.at(trace.items.index)).ids
     if not ids:
         raise ValueError(f"nobody annotated a text of {task.name}: there is nothing to judge by")

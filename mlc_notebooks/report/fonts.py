@@ -193,13 +193,20 @@ def _note(lacking: set[str]) -> str:
 # %% ../../nbs/report/00b_fonts.ipynb #a670f854
 @contextlib.contextmanager
 def _without_formulas() -> Iterator[None]:
-    "While this lasts, new texts are no formulas, and missing characters are not warned of."
-    with mpl.rc_context(_NO_FORMULAS), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # `set_plainly` finds a font
-        warnings.filterwarnings(
-            "ignore", "Tight layout not applied"
-        )  # to labels of a line's length
-        yield
+    """While this lasts, new texts are no formulas, and missing characters are not warned of.
+
+    Only these settings are put back. `rc_context` would put back all of them, also that a notebook
+    shows figures by itself, which its backend sets when the first figure is made.
+    """
+    before = {name: mpl.rcParams[name] for name in _NO_FORMULAS}
+    mpl.rcParams.update(_NO_FORMULAS)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # `set_plainly` finds a font
+            warnings.filterwarnings("ignore", "Tight layout not applied")  # to very long labels
+            yield
+    finally:
+        mpl.rcParams.update(before)
 
 
 def _finish(figure: Figure) -> None:
