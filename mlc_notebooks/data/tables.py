@@ -25,9 +25,29 @@ def texts_from_frame(
     return AnnotatedTexts(name, ids, frame["text"], labels, frame["votes"], aggregated)
 
 # %% ../../nbs/data/03_tables.ipynb #685abfce
+def _check_marks(values: np.ndarray):
+    "Raise `ValueError` for the first row (n, L) that is blank in part, or holds more than 0 and 1."
+    fits = np.isin(values, (0, 1)).all(1) | np.isnan(values).all(1)
+    if not fits.all():
+        row = np.flatnonzero(~fits)[0]
+        raise ValueError(
+            f"row {row + 1} has the labels {values[row].tolist()}: give 0 or 1 for each, or blanks "
+            "for all where nobody has labelled the text"
+        )
+
+
 def votes_of_columns(frame: pd.DataFrame, labels: Iterable[str]) -> list[np.ndarray]:
-    "Each row's 0/1 label columns as one annotator's answer (1, L)."
-    return [row[None] for row in frame[list(labels)].to_numpy(np.uint8)]
+    """Each row's 0/1 label columns as one annotator's answer (1, L); (0, L) where all are blank.
+
+    Raises `ValueError` naming a row that is blank in part, or holds another number.
+    """
+    values = frame[list(labels)].to_numpy(float)
+    _check_marks(values)
+    answers = []
+    for row in values:
+        blank = np.isnan(row).any()
+        answers.append(np.zeros((0, len(row)), np.uint8) if blank else row[None].astype(np.uint8))
+    return answers
 
 # %% ../../nbs/data/03_tables.ipynb #372f8151
 def join_annotators(rows: pd.DataFrame, by: str = "id") -> pd.DataFrame:
