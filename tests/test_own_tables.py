@@ -345,7 +345,7 @@ def test_the_description_tells_what_was_understood(tmp_path):
         "likes": "not used",
     }
     assert described.columns["filled"].to_dict()["joy"] == 1
-    assert "labels: joy 1, anger 0, none 0" in words
+    assert "labels, all splits: joy 1, anger 0, none 0" in words
 
 
 def test_a_column_of_lists_beside_columns_of_marks_is_pointed_out(tmp_path):

@@ -21,7 +21,7 @@ from .labels import LabelSet
 from .open_tables import OpenTable, TableOptions, is_blank, open_table
 from .table_labels import labelled_rows
 from .tables import join_annotators, texts_from_frame
-from .texts import AnnotatedTexts
+from .texts import AnnotatedTexts, annotated
 
 # %% ../../nbs/data/03g_own_tables.ipynb #75a5b531
 def _ids(table: OpenTable) -> list[str]:
@@ -194,13 +194,14 @@ def _describe(table: str | Path | pd.DataFrame, options: TableOptions) -> TableD
 
 # %% ../../nbs/data/03g_own_tables.ipynb #eef3cabb
 def _counts(task: AnnotatedTexts) -> str:
-    "How many texts have each label, `none`, and no labels at all."
-    asked = task.select([i for i, votes in enumerate(task.annotations) if len(votes)])
+    "How many texts, of all splits, have each label, `none`, and no labels at all."
+    parts = [annotated(part) for part in task.splits.values()]
     counts = Counter()
-    for chosen in asked.gold_sets():
+    for chosen in (names for part in parts for names in part.gold_sets()):
         counts.update(chosen or [task.labels.none])
     listed = ", ".join(f"{name} {counts[name]}" for name in task.labels.outcomes)
-    return f"labels: {listed}\ntexts that nobody has labelled: {len(task) - len(asked)}"
+    unlabelled = sum(map(len, task.splits.values())) - sum(map(len, parts))
+    return f"labels, all splits: {listed}\ntexts that nobody has labelled: {unlabelled}"
 
 
 def _paragraphs(described: TableDescription) -> list[str]:
