@@ -127,6 +127,9 @@ def test_other_delimiters(tmp_path):
     decimal_commas = "text;joy;anger\nhm;0,67;0\n"
     task, _ = read(tmp_path, "a.csv", decimal_commas, soft=True)
     assert task.distribution().to_numpy().tolist() == [[0.67, 0]]
+    for told in ("sep=;\r\ntext;labels\r\nhm;joy\r\n", "text,labels\rhm,joy\r"):
+        task, _ = read(tmp_path, "a.csv", told)
+        assert task.texts == ("hm",) and answers(task) == [JOY]
     task, _ = read(tmp_path, "a.csv", "text~labels\nhm~joy\n", delimiter="~")
     assert answers(task) == [JOY]
 
@@ -279,6 +282,11 @@ REFUSED = {
     "doubled columns": ("text,joy,joy\na,1,0\n", "two columns are called 'joy'"),
     "a nameless column": ("text,,joy\na,b,1\n", "column 2 has no name"),
     "nothing": ("", "the file is empty"),
+    "what Python prints": (
+        "text,labels\na,\"array(['joy'], dtype=object)\"\n",
+        "row 1: the labels .* are what Python prints",
+    ),
+    "multi-hot without names": ("text,labels\na,[0 1 1]\n", "name the labels, in their order"),
     "a header": ("text,labels\n", "no rows"),
     "no labels": ("text,likes\na,7\n", "name the labels with labels="),
     "another name": ("Text,labels\na,joy\n", "no column 'text' among"),
@@ -308,6 +316,7 @@ JSON_REFUSED = {
         '{"text": "a", "label": "joy", "answer": "reject", "_input_hash": 1}',
         "Prodigy's binary answers",
     ),
+    "columns of columns": ('{"text": {"0": "a"}, "labels": {"0": ["joy"]}}', "the text is"),
     "a text that is a list": ('{"text": ["a"], "labels": ["joy"]}', "the text is"),
 }
 
@@ -353,3 +362,10 @@ def test_a_column_of_lists_beside_columns_of_marks_is_pointed_out(tmp_path):
     assert "the columns of 0 and 1 ['joy', 'anger'] are not used" in told[0]
     task, told = read(tmp_path, "a.csv", "text,joy,anger\na,1,\n")
     assert task.labels.names == ("joy",) and "'anger' is blank in all rows" in told[0]
+
+
+@pytest.mark.parametrize("yes, no", [("x", ""), ("Y", "N"), ("yes", "no"), ("TRUE", "FALSE")])
+def test_marks_that_people_write(tmp_path, yes, no):
+    csv = f"text,joy,anger\na,{yes},{no}\nb,{yes},{yes}\n"
+    task, _ = read(tmp_path, "a.csv", csv, blank_as_zero=True)
+    assert answers(task) == [JOY, ("joy", "anger")]

@@ -85,6 +85,7 @@ from .table_files import file_ending as file_ending
 from .table_files import json_records as json_records
 from .table_files import plain_frame as plain_frame
 from .table_files import read_table_file as read_table_file
+from .label_cells import are_multi_hot as are_multi_hot
 from .label_cells import hidden_parts as hidden_parts
 from .label_cells import is_mark as is_mark
 from .label_cells import is_share as is_share

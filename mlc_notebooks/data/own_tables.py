@@ -123,11 +123,13 @@ def _splits_of_rows(table: OpenTable) -> list[str]:
     return [table.options.split] * len(table.raw.rows)
 
 
-def _frame(table: OpenTable, labels: LabelSet, rows: list[dict | None]) -> pd.DataFrame:
+def _frame(
+    table: OpenTable, texts: list[str], labels: LabelSet, rows: list[dict | None]
+) -> pd.DataFrame:
     "The columns id, text, votes, split and, where rows are annotations, annotator."
     columns = {
         "id": _ids(table),
-        "text": table.filled("text"),
+        "text": texts,
         "votes": [_votes(row, labels) for row in rows],
         "split": _splits_of_rows(table),
     }
@@ -141,8 +143,9 @@ def _frame(table: OpenTable, labels: LabelSet, rows: list[dict | None]) -> pd.Da
 
 def _task(table: OpenTable) -> AnnotatedTexts:
     "The task, with all its splits at hand."
+    texts = table.filled("text")  # before the labels, whose faults would hide that these are none
     labels, rows = labelled_rows(table)
-    frame = _frame(table, labels, rows)
+    frame = _frame(table, texts, labels, rows)
     aggregated = "annotator" not in frame
     splits = {}
     for name, part in frame.groupby("split", sort=False):

@@ -15,6 +15,7 @@ import gzip
 import io
 import json
 import math
+import re
 import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -340,12 +341,19 @@ def file_content(path: Path) -> bytes:
         raise OSError(f"{path}: the compressed file is damaged or cut short ({error})") from None
 
 # %% ../../nbs/data/03b_table_files.ipynb #4d4188c0
+_TOLD = re.compile(r"sep=(.)\r?\n")  # the first line of some spreadsheets' files
+
+
 def _delimited_table(
     characters: str, where: str, ending: str, text: str, delimiter: str | None
 ) -> RawTable:
     "The table in the characters of a csv or tsv file; raises `_BadRow`."
+    told = _TOLD.match(characters)
+    if told:
+        characters = characters[told.end() :]
+        delimiter = delimiter or told[1]
     if delimiter is None:
-        header = characters.lstrip("\r\n").partition("\n")[0]
+        header = re.split(r"[\r\n]", characters.lstrip("\r\n"), maxsplit=1)[0]
         delimiter = _delimiter(header, DELIMITERS[ending], text)
     return RawTable(where, _from_delimited(characters, delimiter), {"delimiter": delimiter})
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlc_notebooks.data.label_cells import (
+    are_multi_hot,
     hidden_parts,
     is_mark,
     is_share,
@@ -82,6 +83,11 @@ def _named_lists(
 ) -> list[list[str]]:
     "The lists of a column, with names for numbers, and hidden labels apart."
     names = table.raw.class_names.get(table.roles["labels"]) or list(given or ())
+    if not names and are_multi_hot(lists):
+        raise table.fault(
+            "the labels are lists of 0 and 1, one entry per label: name the labels, in their "
+            "order, with labels="
+        )
     try:
         lists = named(lists, names)
     except ValueError as error:
