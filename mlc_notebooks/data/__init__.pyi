@@ -10,6 +10,8 @@ from . import answers as answers
 from . import sampling as sampling
 from . import texts as texts
 from . import tables as tables
+from . import encodings as encodings
+from . import spreadsheets as spreadsheets
 from . import table_files as table_files
 from . import label_cells as label_cells
 from . import exports as exports
@@ -76,10 +78,14 @@ from .tables import join_annotators as join_annotators
 from .tables import stack_votes as stack_votes
 from .tables import texts_from_frame as texts_from_frame
 from .tables import votes_of_columns as votes_of_columns
+from .encodings import decoded as decoded
+from .spreadsheets import Sheet as Sheet
+from .spreadsheets import load_openpyxl as load_openpyxl
+from .spreadsheets import read_sheet as read_sheet
+from .spreadsheets import sheet_bytes as sheet_bytes
 from .table_files import DELIMITERS as DELIMITERS
 from .table_files import ENDINGS as ENDINGS
 from .table_files import RawTable as RawTable
-from .table_files import decoded as decoded
 from .table_files import file_content as file_content
 from .table_files import file_ending as file_ending
 from .table_files import json_records as json_records

@@ -168,6 +168,9 @@ class TableDescription:
     task: AnnotatedTexts
     notes: tuple[str, ...]
     doubts: tuple[str, ...]  # that `load_table` warns of
+    table: pd.DataFrame  # all rows, as they were read
+    items: tuple[tuple[str, str], ...]  # the split and the id of each row
+    roles: dict[str, str]  # the column of texts, ids, ..., by its role
 
     def __repr__(self) -> str:
         return "\n\n".join(_paragraphs(self))
@@ -193,7 +196,8 @@ def _describe(table: str | Path | pd.DataFrame, options: TableOptions) -> TableD
     raw = opened.raw
     columns = _columns(opened, task)
     told = (tuple(opened.notes), tuple(opened.doubts))
-    return TableDescription(raw.where, raw.how, columns, raw.rows.head(), task, *told)
+    rows = (raw.rows, tuple(zip(_splits_of_rows(opened), _ids(opened))), opened.roles)
+    return TableDescription(raw.where, raw.how, columns, raw.rows.head(), task, *told, *rows)
 
 # %% ../../nbs/data/03g_own_tables.ipynb #eef3cabb
 def _counts(task: AnnotatedTexts) -> str:
@@ -228,7 +232,7 @@ def describe_table(table: str | Path | pd.DataFrame, **options) -> TableDescript
 
 # %% ../../nbs/data/03g_own_tables.ipynb #9fa557df
 def load_table(
-    table: str | Path | pd.DataFrame,  # csv, tsv, jsonl, json, parquet, a .gz of one, or a frame
+    table: str | Path | pd.DataFrame,  # csv, tsv, jsonl, json, parquet, xlsx, .gz, or a frame
     labels: Iterable[str] | LabelSet | str | Path | None = None,  # None: those that occur
     none: str | None = "none",  # how the table says that no label applies; None: single-label task
     text: str = "text",  # the column of texts
@@ -240,6 +244,7 @@ def load_table(
     separator: str | None = None,  # between the labels of a cell; None: ; or |
     delimiter: str | None = None,  # between the cells of a csv file; None: found in the header
     encoding: str | None = None,  # None: by the file's first bytes, else UTF-8
+    sheet: str | None = None,  # of an xlsx file; None: the first
     soft: bool = False,  # numbers from 0 to 1 are shares of annotators
     blank_as_zero: bool = False,  # a blank cell among labels of 0 and 1 means 0
 ) -> AnnotatedTexts:
