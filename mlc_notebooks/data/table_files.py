@@ -278,7 +278,7 @@ def _from_parquet(content: bytes) -> tuple[pd.DataFrame, dict[str, list[str]]]:
     columns = {name: pd.Series(values, dtype=object) for name, values in cells.items()}
     return plain_frame(pd.DataFrame(columns)), _class_names(table.schema.metadata or {})
 
-# %% ../../nbs/data/03b_table_files.ipynb #fcaba1de
+# %% ../../nbs/data/03b_table_files.ipynb #e1f158a7
 def _by_name(told: dict[int, str], header: list[str]) -> dict[str, str]:
     "What is told about columns by their position, by their name."
     return {header[position].strip(): words for position, words in told.items()}
@@ -358,7 +358,7 @@ def _parsed_text(
         table = RawTable(where, plain_frame(records), {})
     return replace(table, how={"encoding": encoding, **table.how})
 
-# %% ../../nbs/data/03b_table_files.ipynb #2fd8acc3
+# %% ../../nbs/data/03b_table_files.ipynb #c31f5287
 def read_table_file(
     path: str | Path,
     text: str = "text",  # the column of texts, by which the delimiter is recognised
