@@ -18,6 +18,7 @@ from . import exports as exports
 from . import open_tables as open_tables
 from . import table_labels as table_labels
 from . import own_tables as own_tables
+from . import results as results
 from . import sources as sources
 from . import embedded as embedded
 from . import official as official
@@ -112,6 +113,12 @@ from .table_labels import labelled_rows as labelled_rows
 from .own_tables import TableDescription as TableDescription
 from .own_tables import describe_table as describe_table
 from .own_tables import load_table as load_table
+from .results import KINDS as KINDS
+from .results import add_results as add_results
+from .results import label_studio_predictions as label_studio_predictions
+from .results import new_columns as new_columns
+from .results import results_kind as results_kind
+from .results import write_results as write_results
 from .sources import GENERATORS as GENERATORS
 from .sources import SOURCES as SOURCES
 from .sources import Source as Source

@@ -169,7 +169,7 @@ class TableDescription:
     notes: tuple[str, ...]
     doubts: tuple[str, ...]  # that `load_table` warns of
     table: pd.DataFrame  # all rows, as they were read
-    items: tuple[tuple[str, str], ...]  # the split and the id of each row
+    items: tuple[str | None, ...]  # the id of each row's text; None: of another split
     roles: dict[str, str]  # the column of texts, ids, ..., by its role
 
     def __repr__(self) -> str:
@@ -189,6 +189,13 @@ def _columns(table: OpenTable, task: AnnotatedTexts) -> pd.DataFrame:
     return pd.DataFrame.from_dict(described, orient="index")
 
 # %% ../../nbs/data/03g_own_tables.ipynb #4c7cc9b7
+def _items(table: OpenTable) -> tuple[str | None, ...]:
+    "The id of each row's text; None for rows of another split than the one that is asked for."
+    wanted = table.options.split
+    rows = zip(_splits_of_rows(table), _ids(table))
+    return tuple(item if split == wanted else None for split, item in rows)
+
+
 def _describe(table: str | Path | pd.DataFrame, options: TableOptions) -> TableDescription:
     "The task, and everything that was found out about the table on the way."
     opened = open_table(table, options)
@@ -196,7 +203,7 @@ def _describe(table: str | Path | pd.DataFrame, options: TableOptions) -> TableD
     raw = opened.raw
     columns = _columns(opened, task)
     told = (tuple(opened.notes), tuple(opened.doubts))
-    rows = (raw.rows, tuple(zip(_splits_of_rows(opened), _ids(opened))), opened.roles)
+    rows = (raw.rows, _items(opened), opened.roles)
     return TableDescription(raw.where, raw.how, columns, raw.rows.head(), task, *told, *rows)
 
 # %% ../../nbs/data/03g_own_tables.ipynb #eef3cabb
