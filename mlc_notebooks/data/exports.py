@@ -17,7 +17,7 @@ def _the_question(names: Iterable[str], wanted: str | None) -> str:
     "The question whose answers are the labels; raises `ValueError` where it is not clear."
     names = sorted(set(names))
     if wanted is not None:
-        if wanted not in names:
+        if names and wanted not in names:
             raise ValueError(f"no question {wanted!r} among {names}")
         return wanted
     if len(names) > 1:
@@ -49,11 +49,18 @@ def _annotator_of(annotation: dict) -> str:
     return str(who.get("email") or who.get("id")) if isinstance(who, dict) else str(who)
 
 
+def _item_of(record: dict):
+    "The id that a text had before it came to Label Studio, or else the number of its task."
+    own = record["data"].get("id")
+    return record.get("id") if own is None else own
+
+
 def label_studio_rows(records: list[dict], text: str, question: str | None) -> Iterator[dict]:
     "The rows of Label Studio's JSON export."
     answers = []
     for record in records:
-        given = [one for one in record["annotations"] if not one.get("was_cancelled")]
+        annotations = record.get("annotations") or []
+        given = [one for one in annotations if not one.get("was_cancelled")]
         answers.append([(_annotator_of(one), _choices_by_question(one)) for one in given])
     names = [name for given in answers for _, choices in given for name in choices]
     question = _the_question(names, question)
@@ -61,9 +68,9 @@ def label_studio_rows(records: list[dict], text: str, question: str | None) -> I
     for record, given in zip(records, answers):
         content = record["data"].get(text)
         if not given:
-            yield _row(record.get("id"), content)
+            yield _row(_item_of(record), content)
         for annotator, choices in given:
-            yield _row(record.get("id"), content, annotator, choices.get(question, []))
+            yield _row(_item_of(record), content, annotator, choices.get(question, []))
 
 # %% ../../nbs/data/03d_exports.ipynb #0737ea17
 def prodigy_rows(records: list[dict], text: str, question: str | None) -> Iterator[dict]:
@@ -101,6 +108,7 @@ def argilla_rows(records: list[dict], text: str, question: str | None) -> Iterat
 # %% ../../nbs/data/03d_exports.ipynb #ffac7546
 _TOOLS: dict[str, tuple[set[str], Callable]] = {
     "Label Studio": ({"data", "annotations"}, label_studio_rows),
+    "Label Studio (predictions)": ({"data", "predictions"}, label_studio_rows),
     "Argilla": ({"fields", "responses"}, argilla_rows),
     "Prodigy": ({"accept", "answer"}, prodigy_rows),
     "Prodigy (binary)": ({"label", "answer", "_input_hash"}, _refuse_binary),

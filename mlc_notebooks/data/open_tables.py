@@ -34,6 +34,7 @@ class TableOptions:
     separator: str | None = None
     delimiter: str | None = None
     encoding: str | None = None
+    sheet: str | None = None
     soft: bool = False
     blank_as_zero: bool = False
 
@@ -104,7 +105,8 @@ def _raw_table(table: str | Path | pd.DataFrame, options: TableOptions) -> tuple
         raise TypeError(f"the table is a {kind}: give a file or a pandas DataFrame")
     path = Path(table)
     name = path.with_suffix("").stem if path.suffix.lower() == ".gz" else path.stem
-    return name, read_table_file(path, options.text, options.delimiter, options.encoding)
+    how = (options.text, options.delimiter, options.encoding, options.sheet)
+    return name, read_table_file(path, *how)
 
 
 def _as_plain_rows(table: OpenTable):
@@ -127,11 +129,13 @@ def open_table(table: str | Path | pd.DataFrame, options: TableOptions) -> OpenT
     Raises what `read_table_file` raises, `TypeError` for what is no table, `ValueError` for one
     without rows and for a column that was named and is not there.
     """
-    opened = OpenTable(*_raw_table(table, options), options)
+    name, raw = _raw_table(table, options)
+    opened = OpenTable(name, raw, options, notes=list(raw.notes), doubts=list(raw.doubts))
     _as_plain_rows(opened)
     if not len(opened.raw.rows):
         raise opened.fault("no rows")
     _give_roles(opened)
+    _check_columns(opened)
     return opened
 
 # %% ../../nbs/data/03e_open_tables.ipynb #1bd5a8c8
@@ -159,3 +163,15 @@ def _give_roles(table: OpenTable):
         if column not in columns:
             raise table.fault(f"no column {column!r} among {columns}: name it with {argument}=")
         table.roles[role] = column
+
+# %% ../../nbs/data/03e_open_tables.ipynb #5dbbc885
+def _check_columns(table: OpenTable):
+    "Raise `ValueError` for a column with a role that cannot be used; note what should be checked."
+    used = set(table.roles.values())
+    for column, fault in table.raw.faults.items():
+        if column in used:
+            raise table.fault(f"column {column!r}: {fault}")
+        table.doubts.append(f"column {column!r}: {fault}")
+    for column, suspicion in table.raw.suspicions.items():
+        if column in used:
+            table.doubts.append(f"column {column!r}: {suspicion}")

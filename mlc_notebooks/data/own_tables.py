@@ -168,6 +168,9 @@ class TableDescription:
     task: AnnotatedTexts
     notes: tuple[str, ...]
     doubts: tuple[str, ...]  # that `load_table` warns of
+    table: pd.DataFrame  # all rows, as they were read
+    items: tuple[str | None, ...]  # the id of each row's text; None: of another split
+    roles: dict[str, str]  # the column of texts, ids, ..., by its role
 
     def __repr__(self) -> str:
         return "\n\n".join(_paragraphs(self))
@@ -186,6 +189,13 @@ def _columns(table: OpenTable, task: AnnotatedTexts) -> pd.DataFrame:
     return pd.DataFrame.from_dict(described, orient="index")
 
 # %% ../../nbs/data/03g_own_tables.ipynb #4c7cc9b7
+def _items(table: OpenTable) -> tuple[str | None, ...]:
+    "The id of each row's text; None for rows of another split than the one that is asked for."
+    wanted = table.options.split
+    rows = zip(_splits_of_rows(table), _ids(table))
+    return tuple(item if split == wanted else None for split, item in rows)
+
+
 def _describe(table: str | Path | pd.DataFrame, options: TableOptions) -> TableDescription:
     "The task, and everything that was found out about the table on the way."
     opened = open_table(table, options)
@@ -193,7 +203,8 @@ def _describe(table: str | Path | pd.DataFrame, options: TableOptions) -> TableD
     raw = opened.raw
     columns = _columns(opened, task)
     told = (tuple(opened.notes), tuple(opened.doubts))
-    return TableDescription(raw.where, raw.how, columns, raw.rows.head(), task, *told)
+    rows = (raw.rows, _items(opened), opened.roles)
+    return TableDescription(raw.where, raw.how, columns, raw.rows.head(), task, *told, *rows)
 
 # %% ../../nbs/data/03g_own_tables.ipynb #eef3cabb
 def _counts(task: AnnotatedTexts) -> str:
@@ -228,7 +239,7 @@ def describe_table(table: str | Path | pd.DataFrame, **options) -> TableDescript
 
 # %% ../../nbs/data/03g_own_tables.ipynb #9fa557df
 def load_table(
-    table: str | Path | pd.DataFrame,  # csv, tsv, jsonl, json, parquet, a .gz of one, or a frame
+    table: str | Path | pd.DataFrame,  # csv, tsv, jsonl, json, parquet, xlsx, .gz, or a frame
     labels: Iterable[str] | LabelSet | str | Path | None = None,  # None: those that occur
     none: str | None = "none",  # how the table says that no label applies; None: single-label task
     text: str = "text",  # the column of texts
@@ -240,6 +251,7 @@ def load_table(
     separator: str | None = None,  # between the labels of a cell; None: ; or |
     delimiter: str | None = None,  # between the cells of a csv file; None: found in the header
     encoding: str | None = None,  # None: by the file's first bytes, else UTF-8
+    sheet: str | None = None,  # of an xlsx file; None: the first
     soft: bool = False,  # numbers from 0 to 1 are shares of annotators
     blank_as_zero: bool = False,  # a blank cell among labels of 0 and 1 means 0
 ) -> AnnotatedTexts:

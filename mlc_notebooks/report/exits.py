@@ -56,6 +56,7 @@ _OPTION_OF = {  # by the name of the argument
     "separator": "separator",
     "delimiter": "delimiter",
     "encoding": "encoding",
+    "sheet": "sheet",
 }
 _ARGUMENT = re.compile(rf"(?<![\w-])({'|'.join(_OPTION_OF)})=(?:'([^']*)'|([\w.]*))")
 _PHRASES = {

@@ -27,6 +27,7 @@ _CHARACTERS = {
     "separator": "between the labels of a cell (default: ; or |)",
     "delimiter": "between the cells of a csv file (default: found in its header)",
     "encoding": "of the file (default: utf-8, or what its first bytes say)",
+    "sheet": "of an xlsx file (default: the first)",
 }
 _SWITCHES = {
     "soft": "numbers from 0 to 1 are shares of annotators",

@@ -72,7 +72,7 @@ def add_texts(parser: argparse.ArgumentParser, sample: str, size: str):
     "The group of options that say which texts; `sample` and `size` are defaults, in words."
     what = parser.add_argument_group("what to ask about")
     add = what.add_argument
-    add("--file", type=some_path, help="your own csv, tsv, jsonl, json or parquet")
+    add("--file", type=some_path, help="your own csv, tsv, jsonl, json, parquet or xlsx")
     number = f"texts in all, drawn with the seed (default: {size})"
     add("--n", type=whole_number(1), help=number)
     drawn = f"how texts are drawn (default: {sample})"
