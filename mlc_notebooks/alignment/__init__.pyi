@@ -29,7 +29,7 @@ from . import examples as examples
 from . import maps as maps
 from . import classifier_answers as classifier_answers
 from . import classifier as classifier
-from . import cross_validated as cross_validated
+from . import cheaper as cheaper
 from .calibration import Platt as Platt
 from .calibration import content_free_prior as content_free_prior
 from .calibration import divide_prior as divide_prior
@@ -193,8 +193,8 @@ from .classifier_answers import weights_of as weights_of
 from .classifier import FOLDS as FOLDS
 from .classifier import KnownAnswers as KnownAnswers
 from .classifier import LabelClassifier as LabelClassifier
-from .cross_validated import CrossValidated as CrossValidated
-from .cross_validated import cheaper_methods as cheaper_methods
-from .cross_validated import cross_validated as cross_validated
-from .cross_validated import out_of_fold as out_of_fold
-from .cross_validated import which_to_use as which_to_use
+from .cheaper import Comparison as Comparison
+from .cheaper import cheaper_methods as cheaper_methods
+from .cheaper import compare_with_cheaper as compare_with_cheaper
+from .cheaper import out_of_fold as out_of_fold
+from .cheaper import which_to_use as which_to_use

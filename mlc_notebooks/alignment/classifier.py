@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/classifier.html.md
 # %% auto #0
 __all__ = ['FOLDS', 'KnownAnswers', 'LabelClassifier']
 
-# %% ../../nbs/alignment/26_classifier.ipynb #160be079
+# %% ../../nbs/alignment/26_classifier.ipynb #8fc07d78
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from ..data.texts import AnnotatedTexts, majority_of_shares, without_texts
 from ..models.lm import LM
 from ..probing.trace import Trace
 
-# %% ../../nbs/alignment/26_classifier.ipynb #96fa395d
+# %% ../../nbs/alignment/26_classifier.ipynb #d0096a5d
 FOLDS = 5
 _ENOUGH = 20  # rows to calibrate on
 
@@ -46,7 +46,7 @@ class KnownAnswers:
     calibrated: pd.DataFrame  # (n, L), each row from a map that has not seen it
     seconds: float  # per row, in this run
 
-# %% ../../nbs/alignment/26_classifier.ipynb #7cbeca1a
+# %% ../../nbs/alignment/26_classifier.ipynb #0c31985a
 class _Learning(AskingClassifier):
     "How a `LabelClassifier` learns from rows."
 
@@ -103,7 +103,7 @@ def _inside(folder, name: str) -> Path | None:
     "A folder in a folder, if there is one."
     return None if folder is None else Path(folder) / name
 
-# %% ../../nbs/alignment/26_classifier.ipynb #f0b2ab96
+# %% ../../nbs/alignment/26_classifier.ipynb #3b7b8e64
 class _Deciding(_Learning):
     "How a `LabelClassifier` decides."
 
@@ -133,7 +133,7 @@ class _Deciding(_Learning):
         "Whether the conformal set differs from the decision (n,); raises as `possible` does."
         return (self.possible(p) != self.decide(p)).any(axis=1).rename("abstain")
 
-# %% ../../nbs/alignment/26_classifier.ipynb #e60ba290
+# %% ../../nbs/alignment/26_classifier.ipynb #0d2a4d81
 def _name_of(model: str | LM) -> str:
     "The name of a model."
     return model.name if isinstance(model, LM) else str(model)
@@ -176,7 +176,7 @@ class _Saved(_Deciding):
         found.weights_ = about["weights"]
         return found
 
-# %% ../../nbs/alignment/26_classifier.ipynb #53d06231
+# %% ../../nbs/alignment/26_classifier.ipynb #e3304fb3
 class _Predicting(TransformerMixin, ClassifierMixin, _Saved):
     "What scikit-learn calls after `fit`."
 
@@ -186,7 +186,7 @@ class _Predicting(TransformerMixin, ClassifierMixin, _Saved):
 
     def predict(self, X) -> np.ndarray:
         "Label sets as 0/1 (n, L); where exactly one label applies, its names (n,)."
-        chosen = self.decide(self.probabilities(self.ask(X))).to_numpy()
+        chosen = self.decide(self.probabilities(self.ask(X))).to_numpy(int)
         if self.labels_.is_multi:
             return chosen
         return self.classes_[chosen.argmax(axis=1)]
@@ -205,7 +205,7 @@ class _Predicting(TransformerMixin, ClassifierMixin, _Saved):
         "The names of the columns of `transform`."
         return self.classes_
 
-# %% ../../nbs/alignment/26_classifier.ipynb #94a35c77
+# %% ../../nbs/alignment/26_classifier.ipynb #4c687fdf
 class LabelClassifier(_Predicting):
     """Label probabilities of a language model, as a scikit-learn classifier of texts.
 

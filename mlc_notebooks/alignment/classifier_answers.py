@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/classifier_answers
 # %% auto #0
 __all__ = ['ClassifierParameters', 'check_parameters', 'weights_of', 'AskingClassifier']
 
-# %% ../../nbs/alignment/25_classifier_answers.ipynb #1f1052aa
+# %% ../../nbs/alignment/25_classifier_answers.ipynb #e8773484
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..models.lm import LM, load_lm
 from ..probing.steps import probe_steps
 from ..probing.trace import Trace
 
-# %% ../../nbs/alignment/25_classifier_answers.ipynb #e61d6d1c
+# %% ../../nbs/alignment/25_classifier_answers.ipynb #dcd1a6ba
 @lru_cache(maxsize=1)
 def _load(name: str) -> LM:
     "The model of this name, kept for the next call."
@@ -73,7 +73,7 @@ class ClassifierParameters(BaseEstimator):
         "The same parameters; the model itself is shared, since it never changes."
         return type(self)(**self.get_params(deep=False))
 
-# %% ../../nbs/alignment/25_classifier_answers.ipynb #2e058061
+# %% ../../nbs/alignment/25_classifier_answers.ipynb #7690303d
 def _readers() -> list[str]:
     "The methods that read a trace."
     return [name for name, method in METHODS.items() if method.needs == "trace"]
@@ -99,7 +99,7 @@ def check_parameters(given: ClassifierParameters) -> None:
         check_choice("calibration", given.calibration, tuple(CALIBRATIONS))
     _check_decisions(given)
 
-# %% ../../nbs/alignment/25_classifier_answers.ipynb #5e5bed03
+# %% ../../nbs/alignment/25_classifier_answers.ipynb #0c1d5d0f
 class _Answers(ClassifierParameters):
     "From texts to a trace, and from a trace to the method's probabilities."
 
@@ -111,27 +111,28 @@ class _Answers(ClassifierParameters):
         instruction = self.instruction.rstrip("\n") + "\n"
         return Template(instruction, usual.item, usual.before_answer)
 
+    def how_to_ask(self, texts: Sequence[str], examples: Examples) -> dict:
+        "The arguments of `probe_steps` for these texts, after these examples."
+        return {
+            "demonstrations": examples.shown_to(texts),
+            "template": self._template(),
+            "chat": self.chat,
+            "long_text": self.long_text,
+        }
+
     def trace_of(
         self, task: AnnotatedTexts, examples: Examples, folder: str | Path | None = None
     ) -> Trace:
         "The model's answers to a task's texts, after these examples; see `ask` for the folder."
         lm = self.model if isinstance(self.model, LM) else _load(str(self.model))
-        return probe_steps(
-            lm,
-            task,
-            demonstrations=examples.shown_to(task.texts),
-            template=self._template(),
-            chat=self.chat,
-            long_text=self.long_text,
-            folder=folder,
-            progress=self.progress,
-        )
+        how = self.how_to_ask(task.texts, examples)
+        return probe_steps(lm, task, folder=folder, progress=self.progress, **how)
 
     def uncalibrated(self, trace: Trace) -> pd.DataFrame:
         "The method's probabilities (n, L)."
         return METHODS[self.method].function(trace)[list(self.labels_)]
 
-# %% ../../nbs/alignment/25_classifier_answers.ipynb #5aeea406
+# %% ../../nbs/alignment/25_classifier_answers.ipynb #2b5d2d4d
 def weights_of(trace: Trace) -> str:
     "The hash of the weights that made a trace."
     return trace.settings["weights_hash"]

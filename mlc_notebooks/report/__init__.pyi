@@ -9,7 +9,9 @@ from . import page as page
 from . import exits as exits
 from . import options as options
 from . import file_tasks as file_tasks
+from . import command_runs as command_runs
 from . import cli as cli
+from . import classify as classify
 from .drawing import OTHER as OTHER
 from .drawing import WRITTEN as WRITTEN
 from .drawing import add_caption as add_caption
@@ -74,8 +76,14 @@ from .options import some_text as some_text
 from .options import whole_number as whole_number
 from .file_tasks import add_file_options as add_file_options
 from .file_tasks import check_no_file_options as check_no_file_options
+from .file_tasks import described_file as described_file
 from .file_tasks import file_task as file_task
 from .file_tasks import unless_described as unless_described
+from .command_runs import check_out as check_out
+from .command_runs import check_out_file as check_out_file
+from .command_runs import kept_batches as kept_batches
+from .command_runs import load_model as load_model
 from .cli import mlc_align as mlc_align
 from .cli import mlc_fetch as mlc_fetch
 from .cli import mlc_probe as mlc_probe
+from .classify import mlc_classify as mlc_classify

@@ -9,15 +9,13 @@ __all__ = ['mlc_probe', 'mlc_align', 'mlc_fetch']
 
 # %% ../../nbs/report/07_cli.ipynb #08f4e299
 import argparse
-import contextlib
-import errno
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..models.fetch import WHEEL_MODELS
-from .exits import named, run_command
+from .command_runs import check_out, kept_batches, load_model
+from .exits import run_command
 from mlc_notebooks.report.file_tasks import (
     add_file_options,
     check_no_file_options,
@@ -78,37 +76,6 @@ def _tasks(
     counts = _even_shares(args.n or size, len(tasks))
     return [_sample(task, count, args, sample) for task, count in zip(tasks, counts)]
 
-# %% ../../nbs/report/07_cli.ipynb #2380413b
-_IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG)
-
-
-def _check_out(out: Path) -> None:
-    "Make the folder of results; raise `ValueError` or `OSError` where it cannot be written."
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out) as file:
-            file.write(b"0")
-    except OSError as error:
-        message = f"--out {out} cannot be written ({error.strerror}): give another folder"
-        if error.errno in _IN_THE_WAY:
-            raise ValueError(message) from None
-        raise OSError(message) from None
-
-
-@contextlib.contextmanager
-def _kept_batches(args: argparse.Namespace) -> Iterator[Path]:
-    "The folder in which a command keeps its finished batches until it has ended well."
-    from mlc_notebooks.engine.runs import SettingsChanged, discard_runs
-
-    folder = args.out / "batches"
-    if args.fresh:
-        discard_runs(folder)
-    try:
-        yield folder
-    except SettingsChanged as error:
-        raise ValueError(f"{error} (here: --fresh, or --out FOLDER)") from None
-    discard_runs(folder)
-
 # %% ../../nbs/report/07_cli.ipynb #65c51bda
 _PROBE_EXAMPLES = """examples:
   mlc-probe                                      64 texts of GoEmotions and BRIGHTER English
@@ -143,19 +110,11 @@ def _add_answering(how) -> None:
     add("--long-text", choices=("error", "truncate"), default="error", help=too_long)
 
 # %% ../../nbs/report/07_cli.ipynb #e39b740c
-def _load_model(args: argparse.Namespace):
-    "The model that the command line names."
-    from mlc_notebooks.models.lm import load_lm
-
-    with named("--model", args.model, RuntimeError):
-        return load_lm(args.model, dtype=args.dtype)
-
-
 def _probe(args: argparse.Namespace, tasks: list, folders: dict[str, str], kept: Path) -> dict:
     "A trace of each task by its name; finished batches are kept in a folder of each."
     from mlc_notebooks.probing.steps import probe_steps
 
-    lm = _load_model(args)
+    lm = load_model(args)
     how = dict(decoding=args.decoding, reading=args.reading, fmt=args.format, chat=args.chat)
     how |= dict(long_text=args.long_text, seed=args.seed)
     traces = {}
@@ -168,13 +127,13 @@ def _probe(args: argparse.Namespace, tasks: list, folders: dict[str, str], kept:
 def _probe_and_report(args: argparse.Namespace) -> None:
     "Probe, write the report and print its summary, as the command line says."
     tasks = _tasks(args, ["goemotions", "brighter-eng"], 64, "main")
-    _check_out(args.out)
+    check_out(args.out)
 
     from mlc_notebooks.report.page import trace_folders, write_report
     from mlc_notebooks.report.summary import run_summary
 
     by_name = {task.name: task for task in tasks}
-    with _kept_batches(args) as kept:
+    with kept_batches(args.out / "batches", args.fresh) as kept:
         traces = _probe(args, tasks, trace_folders(by_name), kept)
         page = write_report(traces, args.out, by_name)
     _print_summary(args, run_summary(traces), page)
@@ -259,13 +218,13 @@ def _align_and_save(args: argparse.Namespace) -> None:
     "Ask, compare with annotators, save and print the table, as the command line says."
     task = _annotated_task(args)
     names = _method_names(args.methods, task)
-    _check_out(args.out)
+    check_out(args.out)
 
     from mlc_notebooks.alignment.methods import zero_shot
     from mlc_notebooks.metrics.comparison import align_report
 
-    lm = _load_model(args)
-    with _kept_batches(args) as folder:
+    lm = load_model(args)
+    with kept_batches(args.out / "batches", args.fresh) as folder:
         marginals = zero_shot(lm, task, names, args.shots, args.seed, folder=folder)
         report = align_report(marginals, task)
         _save_alignment(args.out, marginals, report)
