@@ -179,7 +179,7 @@ _VERDICTS |= {
 _VERDICTS |= {
     "few": (
         "amber",
-        "{texts:.0f} different texts are too few to tell whether it reads them; {commonest}.",
+        "Different texts: {texts:.0f}, too few to tell whether the model reads them.",
         "Give it 20 or more.",
     ),
     "one kind": (
