@@ -164,7 +164,7 @@ def _give_roles(table: OpenTable):
             raise table.fault(f"no column {column!r} among {columns}: name it with {argument}=")
         table.roles[role] = column
 
-# %% ../../nbs/data/03e_open_tables.ipynb #5dbbc885
+# %% ../../nbs/data/03e_open_tables.ipynb #00b9b3db
 def _check_columns(table: OpenTable):
     "Raise `ValueError` for a column with a role that cannot be used; note what should be checked."
     used = set(table.roles.values())
@@ -175,3 +175,17 @@ def _check_columns(table: OpenTable):
     for column, suspicion in table.raw.suspicions.items():
         if column in used:
             table.doubts.append(f"column {column!r}: {suspicion}")
+    if _may_be_results(table):
+        table.doubts.append(
+            "the column 'labels' stands beside columns p_... and 'flags', as in a table of "
+            "results: there it has a model's labels. Name the column of people's labels with "
+            "labels_column="
+        )
+
+
+def _may_be_results(table: OpenTable) -> bool:
+    "Whether the labels may be those that a model gave, since nobody has named their column."
+    if table.options.labels_column is not None or table.roles.get("labels") != "labels":
+        return False
+    names = list(table.raw.rows)
+    return "flags" in names and any(name.startswith("p_") for name in names)

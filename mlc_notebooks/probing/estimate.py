@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/probing/estimate.html.md"""
 # %% auto #0
 __all__ = ['Estimate', 'estimate_run']
 
-# %% ../../nbs/probing/06_estimate.ipynb #37a73d69
+# %% ../../nbs/probing/06_estimate.ipynb #edd83085
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from ..models.lm import LM
 from .asking import ListQuestions, as_task, ask_for_lists
 from .steps import probe_steps
 
-# %% ../../nbs/probing/06_estimate.ipynb #76e326c0
+# %% ../../nbs/probing/06_estimate.ipynb #8ac8a95c
 def _lasting(seconds: float) -> str:
     "A time in words: `42 seconds`, `12 minutes`, `3.5 hours`."
     if seconds < 100:
@@ -45,7 +45,7 @@ class Estimate:
     seconds: float
     low: float  # the range of the seconds
     high: float
-    megabytes: float  # of memory, at most
+    megabytes: float  # of memory
     weights_megabytes: float  # that the model's weights have of them
     sampled: int  # texts that were timed
     device: str
@@ -67,21 +67,21 @@ def _sentences(found: Estimate) -> list[str]:
         f"that all prompts share, computed once, and {own:,.1f} per text; the longest prompt has "
         f"{found.longest_prompt:,}",
         f"about {_lasting(found.seconds)} on this machine's {found.device} "
-        f"({_lasting(found.low)} to {_lasting(found.high)})",
-        f"about {found.megabytes:,.0f} MB of memory at most, the model's weights "
+        f"(from {_lasting(found.low)} to {_lasting(found.high)})",
+        f"about {found.megabytes:,.0f} MB of memory, the model's weights "
         f"({found.weights_megabytes:,.0f} MB) included",
         f"The time is an extrapolation by tokens from {found.sampled} texts that were timed; other "
         "work on the machine, and longer answers, change it.",
     ]
 
-# %% ../../nbs/probing/06_estimate.ipynb #599d4cd0
+# %% ../../nbs/probing/06_estimate.ipynb #35dc8464
 def _sample_of(lengths: Sequence[int], count: int, seed: int) -> list[int]:
     "`count` positions, one at random from each of as many groups of similar length."
     by_length = np.argsort(lengths, kind="stable")
     rng = np.random.default_rng(seed)
     return [int(rng.choice(group)) for group in np.array_split(by_length, count)]
 
-# %% ../../nbs/probing/06_estimate.ipynb #e50f777b
+# %% ../../nbs/probing/06_estimate.ipynb #537a1819
 def _fixed_part(whole: float, parts: Sequence[float]) -> float:
     "Seconds that do not grow with the texts."
     if len(parts) < 2:
@@ -106,7 +106,7 @@ def _extrapolated(
     high = fixed + (rate + 2 * error) * tokens
     return expected, low, max(high, seconds / timed_tokens * tokens)
 
-# %% ../../nbs/probing/06_estimate.ipynb #b300db75
+# %% ../../nbs/probing/06_estimate.ipynb #7b339691
 def _weights_megabytes(lm: LM) -> float:
     "What the weights take."
     return sum(weight.nbytes for weight in lm.model.parameters()) / 2**20
@@ -131,7 +131,7 @@ def _kept_megabytes(lm: LM, asked: ListQuestions, positions: Sequence[int]) -> f
     kept = len(asked.rows.shared) + min(tokens, tokens_under_way(lm))
     return 1024 * kept / tokens_within(lm, 1024)
 
-# %% ../../nbs/probing/06_estimate.ipynb #61de0bd6
+# %% ../../nbs/probing/06_estimate.ipynb #16bb39fe
 _ASKING = ("seed", "fmt", "multi_share", "template", "chat", "long_text")
 _OF_A_RUN = ("folder", "progress")  # arguments of `probe_steps` without meaning for a sample
 
@@ -167,7 +167,7 @@ class _Timed:
         "How many tokens an answer has on average."
         return float(trace.steps.groupby("example")["generated_tokens"].max().mean())
 
-# %% ../../nbs/probing/06_estimate.ipynb #169aa432
+# %% ../../nbs/probing/06_estimate.ipynb #06498134
 def _timing(timed: _Timed, asked: ListQuestions, chosen: list[int]) -> tuple[float, float, float]:
     "Seconds for all texts and their range, from the texts at the chosen positions."
     timed.ask(chosen[:1])  # the first pass of a process takes longer than others
@@ -185,7 +185,7 @@ def _timing(timed: _Timed, asked: ListQuestions, chosen: list[int]) -> tuple[flo
     whole = (trace.settings["seconds"], tokens(chosen))
     return _extrapolated(whole, parts, tokens(range(len(asked.rows))))
 
-# %% ../../nbs/probing/06_estimate.ipynb #f7d471bd
+# %% ../../nbs/probing/06_estimate.ipynb #7caae602
 def estimate_run(
     lm: LM,
     texts: AnnotatedTexts | Sequence[str],  # plain strings need `labels`
