@@ -147,7 +147,7 @@ def _kind(cells: Sequence) -> str:
         return "percentages"
     return "mostly marks" if 2 * marks >= len(filled) else "something else"
 
-
+# %% ../../nbs/data/03f_table_labels.ipynb #019e9e94
 def _check_marks(table: OpenTable, column: str):
     "Raise `ValueError` for the first cell of a column that is neither blank nor a mark."
     for number, cell in enumerate(table.raw.rows[column], start=1):
@@ -158,7 +158,7 @@ def _check_marks(table: OpenTable, column: str):
                 "labels are named with labels="
             )
 
-
+# %% ../../nbs/data/03f_table_labels.ipynb #abeb7c07
 def _doubt_kinds(table: OpenTable, kinds: dict[str, str]):
     "Note columns that may have been meant as labels, by their kinds."
     percentages = [column for column, kind in kinds.items() if kind == "percentages"]
