@@ -1,9 +1,11 @@
 """Hostile command lines, files, models and terminals: one line, an exit code, no traceback."""
 
+import ast
 import configparser
 import gzip
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -16,7 +18,7 @@ import pandas as pd
 import pytest
 
 from mlc_notebooks.report.cli import mlc_align, mlc_fetch, mlc_probe
-from mlc_notebooks.report.exits import ISSUES
+from mlc_notebooks.report.exits import ISSUES, in_options
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {"mlc-probe": mlc_probe, "mlc-align": mlc_align, "mlc-fetch": mlc_fetch}
@@ -361,3 +363,39 @@ def test_ctrl_c_ends_in_one_line(tiny_folder, tmp_path):
     said = run.communicate()[1]
     assert run.returncode == 130 and "Traceback" not in said
     assert said.count("mlc-probe: error: interrupted") == 1
+
+
+# Arguments of functions that no command calls, and of HTML.
+PYTHON_ONLY = {"attention", "boxes", "both_orders", "class", "dev", "hidden", "moves", "objects"}
+PYTHON_ONLY |= {"n", "seeds", "test_share"}
+NAMED = re.compile(r"(?<![\w-])([a-z_]+)=(?!=)")
+
+
+def texts_of(tree):
+    "The texts of a module that may be part of a message; {} stands for what is put in."
+    docs = {ast.get_docstring(node, clean=False) for node in ast.walk(tree) if may_have_doc(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else "{}" for part in node.values]
+            yield "".join(parts)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if " " in node.value and node.value not in docs:
+                yield node.value
+
+
+def may_have_doc(node):
+    return isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+
+
+def test_messages_name_options_and_not_arguments():
+    "Each argument that a message names is an option, is said in words, or is no command's."
+    unknown = {}
+    for path in sorted((ROOT / "mlc_notebooks").glob("*/*.py")):
+        if path.stem in ("exits", "__init__"):
+            continue
+        for text in texts_of(ast.parse(path.read_text(encoding="utf-8"))):
+            said = re.sub(r"Python's \w+=['\w]+", "", in_options(text))
+            for name in set(NAMED.findall(said)) - PYTHON_ONLY:
+                unknown.setdefault(name, []).append((path.stem, text[:90]))
+    assert not unknown
+    assert in_options("use no_cache=True") == "try --dtype float32, or Python's no_cache=True"

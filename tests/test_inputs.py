@@ -30,6 +30,7 @@ from mlc_notebooks.data import (
     load_table,
     load_task,
     parse_answer,
+    reachable_share,
     rename_labels,
     reorder_labels,
     similar_demonstrations,
@@ -393,3 +394,19 @@ def test_json_that_is_no_object(tmp_path):
     (tmp_path / "list.jsonl").write_text(json.dumps([1, 2, 3]) + "\n")
     with pytest.raises((ValueError, OSError), match="list.jsonl"):
         load_table(tmp_path / "list.jsonl")
+
+
+@pytest.mark.parametrize("multi, few", [(3, 5), (1, 9), (0, 8), (8, 0), (5, 3), (40, 40)])
+@pytest.mark.parametrize("shots", [0, 1, 5, 8])
+def test_a_share_that_the_pool_can_give(multi, few, shots):
+    votes = [np.array([[1, 1]])] * multi + [np.array([[1, 0]])] * few
+    texts = [f"text {number}" for number in range(multi + few)]
+    pool = AnnotatedTexts("pool", list(map(str, range(len(texts)))), texts, LABELS, votes)
+    share = reachable_share(pool, shots)
+    drawn = draw_demonstrations(pool, shots, multi_share=share)
+    shown = sum(len(labels) > 1 for _, labels in drawn)
+    half = round(shots / 2)
+    assert len(drawn) == shots
+    assert shown == half or shown == multi < half or shots - shown == few < shots - half
+    if shown == half:
+        assert share == 0.5 and drawn == draw_demonstrations(pool, shots)

@@ -689,6 +689,21 @@ def test_macro_f1_says_what_it_does_with_labels_that_nobody_has():
     assert "Macro-F1" not in align_report(P, full, resamples=2).note
 
 
+def test_items_that_nobody_annotated_are_left_out_and_counted():
+    nobody = np.zeros((0, 3), np.uint8)
+    partly = replace(TASK, annotations=[nobody, *TASK.annotations[1:]])
+    report = align_report({"mine": P, "other": 1 - P}, partly, resamples=20)
+    whole = TASK.select(range(1, len(TASK)))
+    same = align_report({"mine": P[1:], "other": 1 - P[1:]}, whole, resamples=20)
+    pd.testing.assert_frame_equal(pd.DataFrame(report), pd.DataFrame(same))
+    assert report.note == f"{same.note} 1 item that nobody annotated is left out."
+    both = {"mine": P, "other": 1 - P}
+    kept = {name: table[1:] for name, table in both.items()}
+    options = dict(against="mine", resamples=20)
+    compared = compare_methods(both, partly, **options)
+    pd.testing.assert_frame_equal(compared, compare_methods(kept, whole, **options))
+
+
 @pytest.mark.parametrize("ridge", [1e-3, 1.0])
 def test_platt_is_the_minimum_of_its_loss(ridge):
     "Weighted cross-entropy of the shares and a ridge on the slope, by scipy."

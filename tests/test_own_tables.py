@@ -364,6 +364,16 @@ def test_a_column_of_lists_beside_columns_of_marks_is_pointed_out(tmp_path):
     assert task.labels.names == ("joy",) and "'anger' is blank in all rows" in told[0]
 
 
+def test_percentages_beside_columns_of_marks_are_pointed_out(tmp_path):
+    csv = 'text,joy,anger,fear\na,1,67%,0 %\nb,0,"12,5%",100%\n'
+    task, told = read(tmp_path, "a.csv", csv)
+    assert task.labels.names == ("joy",) and len(told) == 1
+    assert "['anger', 'fear'] hold percentages and are not used" in told[0] and "soft=" in told[0]
+    assert not read(tmp_path, "a.csv", csv, labels=["joy"])[1]
+    with pytest.raises(ValueError, match="no labels.*the columns \\['anger'\\] hold percentages"):
+        read(tmp_path, "b.csv", "text,anger\na,67%\n")
+
+
 @pytest.mark.parametrize("yes, no", [("x", ""), ("Y", "N"), ("yes", "no"), ("TRUE", "FALSE")])
 def test_marks_that_people_write(tmp_path, yes, no):
     csv = f"text,joy,anger\na,{yes},{no}\nb,{yes},{yes}\n"

@@ -198,6 +198,13 @@ def test_from_label_studio_to_label_studio(tmp_path):
     assert load_table(path).ids == ("007", "008")
 
 
+def test_a_table_of_results_is_no_table_of_gold_labels(tmp_path, described):
+    frame = add_results(described.table, described.items, *results_of(described))
+    write_results(tmp_path / "out.csv", frame)
+    again = describe_table(tmp_path / "out.csv", id="number", labels=LABELS)
+    assert any("there it has a model's labels" in doubt for doubt in again.doubts)
+
+
 def test_refused(tmp_path, described):
     probabilities, chosen, flags = results_of(described)
     for name in ("out", "out.json", "out.xls", "out.csv.gz"):

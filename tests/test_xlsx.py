@@ -165,7 +165,7 @@ def test_hidden_blank_and_coloured(tmp_path):
     sheet["A1048576"].fill = openpyxl.styles.PatternFill("solid", "FFFF00")
     task, told = read(tmp_path, book)
     assert task.ids == ("1", "2") and task.gold_sets() == [("joy",), ("fear",)]
-    assert ["hidden, and read all the same: row 5" in told[0], "['labels']" in told[1]] == [True, True]
+    assert "hidden, and read all the same: row 5" in told[0] and "['labels']" in told[1]
     notes = describe_table(tmp_path / "tickets.xlsx").notes
     assert notes == ("blank rows of the sheet that are left out: 1",)
 
@@ -232,6 +232,9 @@ def test_the_command_reads_a_sheet(tmp_path, capsys):
     assert mlc_probe(["--file", str(tmp_path / "tickets.xlsx"), "--describe"]) == 0
     shown = capsys.readouterr().out
     assert "fear 1, joy 1, none 1" in shown and "name another one with --sheet" in shown
+    book_of([*TICKETS, [10, "Oh", "no label"]]).save(tmp_path / "b.xlsx")
+    assert mlc_probe(["--file", str(tmp_path / "b.xlsx"), "--none", "no label", "--describe"]) == 0
+    assert "no label 1" in capsys.readouterr().out
     options = ["--file", str(tmp_path / "tickets.xlsx"), "--sheet", "more", "--describe"]
     assert mlc_probe(options) == 2
     assert "no rows" in capsys.readouterr().err

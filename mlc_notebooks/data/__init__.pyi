@@ -162,6 +162,7 @@ from .demonstrations import binary_demonstrations_for as binary_demonstrations_f
 from .demonstrations import demonstrations_for as demonstrations_for
 from .demonstrations import draw_demonstrations as draw_demonstrations
 from .demonstrations import per_label_demonstrations as per_label_demonstrations
+from .demonstrations import reachable_share as reachable_share
 from .demonstrations import similar_demonstrations as similar_demonstrations
 from .demonstrations import unary_demonstrations as unary_demonstrations
 from .demonstrations import unary_demonstrations_for as unary_demonstrations_for

@@ -122,22 +122,6 @@ def _as_plain_rows(table: OpenTable):
         table.options = replace(options, text="text", labels_column="labels", annotator="annotator")
         table.notes.append(f"read as an export of {tool}")
 
-# %% ../../nbs/data/03e_open_tables.ipynb #b2cc3a3a
-def open_table(table: str | Path | pd.DataFrame, options: TableOptions) -> OpenTable:
-    """The table with the roles of its columns.
-
-    Raises what `read_table_file` raises, `TypeError` for what is no table, `ValueError` for one
-    without rows and for a column that was named and is not there.
-    """
-    name, raw = _raw_table(table, options)
-    opened = OpenTable(name, raw, options, notes=list(raw.notes), doubts=list(raw.doubts))
-    _as_plain_rows(opened)
-    if not len(opened.raw.rows):
-        raise opened.fault("no rows")
-    _give_roles(opened)
-    _check_columns(opened)
-    return opened
-
 # %% ../../nbs/data/03e_open_tables.ipynb #1bd5a8c8
 _USUAL = {
     "text": ("text",),
@@ -164,7 +148,7 @@ def _give_roles(table: OpenTable):
             raise table.fault(f"no column {column!r} among {columns}: name it with {argument}=")
         table.roles[role] = column
 
-# %% ../../nbs/data/03e_open_tables.ipynb #5dbbc885
+# %% ../../nbs/data/03e_open_tables.ipynb #34847289
 def _check_columns(table: OpenTable):
     "Raise `ValueError` for a column with a role that cannot be used; note what should be checked."
     used = set(table.roles.values())
@@ -175,3 +159,33 @@ def _check_columns(table: OpenTable):
     for column, suspicion in table.raw.suspicions.items():
         if column in used:
             table.doubts.append(f"column {column!r}: {suspicion}")
+    if _may_be_results(table):
+        table.doubts.append(
+            "the column 'labels' stands beside columns p_... and 'flags', as in a table of "
+            "results: there it has a model's labels. Name the column of people's labels with "
+            "labels_column="
+        )
+
+
+def _may_be_results(table: OpenTable) -> bool:
+    "Whether the labels may be those that a model gave, since nobody has named their column."
+    if table.options.labels_column is not None or table.roles.get("labels") != "labels":
+        return False
+    names = list(table.raw.rows)
+    return "flags" in names and any(name.startswith("p_") for name in names)
+
+# %% ../../nbs/data/03e_open_tables.ipynb #b2cc3a3a
+def open_table(table: str | Path | pd.DataFrame, options: TableOptions) -> OpenTable:
+    """The table with the roles of its columns.
+
+    Raises what `read_table_file` raises, `TypeError` for what is no table, `ValueError` for one
+    without rows and for a column that was named and is not there.
+    """
+    name, raw = _raw_table(table, options)
+    opened = OpenTable(name, raw, options, notes=list(raw.notes), doubts=list(raw.doubts))
+    _as_plain_rows(opened)
+    if not len(opened.raw.rows):
+        raise opened.fault("no rows")
+    _give_roles(opened)
+    _check_columns(opened)
+    return opened

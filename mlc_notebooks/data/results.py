@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/data/results.html.md"""
 # %% auto #0
 __all__ = ['KINDS', 'new_columns', 'add_results', 'results_kind', 'label_studio_predictions', 'write_results']
 
-# %% ../../nbs/data/03h_results.ipynb #d49e0ec7
+# %% ../../nbs/data/03h_results.ipynb #b508819f
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from .checks import check_kind
 from .files import write_whole
 from .spreadsheets import load_openpyxl, sheet_bytes
 
-# %% ../../nbs/data/03h_results.ipynb #574fbfab
+# %% ../../nbs/data/03h_results.ipynb #8841a7a1
 def _free_name(name: str, taken: set[str]) -> str:
     "The name, or the first of model_name, model_2_name, ... that is free."
     number = 1
@@ -46,7 +46,7 @@ def new_columns(
         taken.add(names[name])
     return names
 
-# %% ../../nbs/data/03h_results.ipynb #abfbd997
+# %% ../../nbs/data/03h_results.ipynb #0a4c4e49
 def _check_items(items: Sequence, table: pd.DataFrame, scored: pd.Index) -> None:
     "Raise `ValueError` where ids and rows do not belong together."
     if len(items) != len(table):
@@ -66,7 +66,7 @@ def _in_words(chosen: Mapping[str, Sequence[str]], none: str | None) -> dict[str
     instead = [none] if none else []
     return {item: list(labels) or instead for item, labels in chosen.items()}
 
-
+# %% ../../nbs/data/03h_results.ipynb #a8b16249
 def add_results(
     table: pd.DataFrame,  # the user's rows
     items: Sequence[str | None],  # the id of each row's text; None: of another split
@@ -94,7 +94,7 @@ def add_results(
         added[names[name]] = pd.Series(_beside(items, by_item), index=table.index)
     return pd.concat([table, pd.DataFrame(added)], axis=1)
 
-# %% ../../nbs/data/03h_results.ipynb #101960d8
+# %% ../../nbs/data/03h_results.ipynb #4ab601f1
 KINDS = ("csv", "tsv", "jsonl", "parquet", "xlsx", "labelstudio.json")
 
 
@@ -113,7 +113,7 @@ def results_kind(path: str | Path) -> str:
     endings = ", ".join(f".{kind}" for kind in KINDS)
     raise ValueError(f"{path}: results are written to a file whose name ends in {endings}")
 
-# %% ../../nbs/data/03h_results.ipynb #fb3cc7c5
+# %% ../../nbs/data/03h_results.ipynb #02417e46
 def _is_joinable(names: Sequence) -> bool:
     "Whether these are names that can be written with `;` between them."
     for name in names:
@@ -146,7 +146,7 @@ def _as_text(cell) -> str:
         return "; ".join(cell)
     return _json(cell)
 
-# %% ../../nbs/data/03h_results.ipynb #e910b1a4
+# %% ../../nbs/data/03h_results.ipynb #c699c1cf
 def _delimited_cell(text: str, delimiter: str) -> str:
     "The text, in quotation marks where it needs them."
     if any(mark in text for mark in (delimiter, '"', "\n", "\r")):
@@ -163,7 +163,7 @@ def _delimited(frame: pd.DataFrame, delimiter: str) -> str:
         lines.append(delimiter.join(cells) + "\n")
     return "".join(lines)
 
-# %% ../../nbs/data/03h_results.ipynb #8668b690
+# %% ../../nbs/data/03h_results.ipynb #1cdee2ec
 def _rounded(cell):
     "A cell for JSON or a sheet: floats with six digits, None for NaN."
     if _is_nothing(cell):
@@ -179,7 +179,7 @@ def _json_lines(frame: pd.DataFrame) -> str:
         lines.append(_json(dict(zip(frame, cells))) + "\n")
     return "".join(lines)
 
-
+# %% ../../nbs/data/03h_results.ipynb #f1a76020
 def _for_sheet_cell(cell):
     "A number, a truth value or None; all else as text."
     cell = _rounded(cell)
@@ -215,7 +215,7 @@ def _for_parquet(frame: pd.DataFrame) -> pd.DataFrame:
         columns[name] = cells
     return pd.DataFrame(columns)
 
-# %% ../../nbs/data/03h_results.ipynb #11b3e32d
+# %% ../../nbs/data/03h_results.ipynb #cdbaf638
 def _prediction(
     p: Mapping[str, float], chosen: Sequence[str], version: str, from_name: str, to_name: str
 ) -> dict:
@@ -251,14 +251,14 @@ def label_studio_predictions(
     rows = dict(zip(probabilities.index, probabilities.to_dict("records")))
     tasks = []
     for item, content in zip(ids, texts, strict=True):
-        if item not in rows:
-            raise ValueError(f"the item {item!r} has no probabilities: give them for each text")
+        if item not in rows or item not in chosen:
+            raise ValueError(f"the item {item!r} has no probabilities or labels: give both")
         data = {"id": item, text: content, **_shown(rows[item])}
         found = _prediction(rows[item], chosen[item], version, from_name, to_name)
         tasks.append({"data": data, "predictions": [found]})
     return tasks
 
-# %% ../../nbs/data/03h_results.ipynb #af48cdc5
+# %% ../../nbs/data/03h_results.ipynb #f2e21a1c
 def _content(kind: str, results: pd.DataFrame) -> bytes | str:
     "What a file of this kind holds."
     if kind == "jsonl":

@@ -8,9 +8,11 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/data/table_labels.html.md"""
 __all__ = ['labelled_rows']
 
 # %% ../../nbs/data/03f_table_labels.ipynb #10c017cf
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from .encodings import decoded
 from mlc_notebooks.data.label_cells import (
     are_multi_hot,
     hidden_parts,
@@ -24,7 +26,6 @@ from mlc_notebooks.data.label_cells import (
 )
 from .labels import LabelSet
 from .open_tables import OpenTable, TableOptions, is_blank, open_table
-from .table_files import decoded
 
 # %% ../../nbs/data/03f_table_labels.ipynb #2f7a0207
 def _read_cells(table: OpenTable) -> list[list[str] | dict | None]:
@@ -129,8 +130,11 @@ def _rows_of_lists(table: OpenTable, given: LabelSet | None) -> list[dict[str, f
     return found
 
 # %% ../../nbs/data/03f_table_labels.ipynb #401a8060
+_PERCENTAGE = re.compile(r"\s*\d+(?:[.,]\d+)?\s*%\s*")
+
+
 def _kind(cells: Sequence) -> str:
-    "What a column holds: marks, shares, mostly marks, nothing, or something else."
+    "What a column holds: marks, shares, mostly marks, percentages, nothing, or something else."
     filled = [cell for cell in cells if not is_blank(cell)]
     if not filled:
         return "nothing"
@@ -139,9 +143,11 @@ def _kind(cells: Sequence) -> str:
         return "marks"
     if all(map(is_share, filled)):
         return "shares"
+    if all(isinstance(cell, str) and _PERCENTAGE.fullmatch(cell) for cell in filled):
+        return "percentages"
     return "mostly marks" if 2 * marks >= len(filled) else "something else"
 
-
+# %% ../../nbs/data/03f_table_labels.ipynb #019e9e94
 def _check_marks(table: OpenTable, column: str):
     "Raise `ValueError` for the first cell of a column that is neither blank nor a mark."
     for number, cell in enumerate(table.raw.rows[column], start=1):
@@ -152,20 +158,30 @@ def _check_marks(table: OpenTable, column: str):
                 "labels are named with labels="
             )
 
+# %% ../../nbs/data/03f_table_labels.ipynb #abeb7c07
+def _doubt_kinds(table: OpenTable, kinds: dict[str, str]):
+    "Note columns that may have been meant as labels, by their kinds."
+    percentages = [column for column, kind in kinds.items() if kind == "percentages"]
+    if percentages:
+        table.doubts.append(
+            f"the columns {percentages} hold percentages and are not used: where they are the "
+            "shares of people who chose a label, write 0.67 for 67% and say soft=True"
+        )
+    for column, kind in kinds.items():
+        if kind == "nothing":
+            table.doubts.append(f"the column {column!r} is blank in all rows: it is not used")
+
 
 def _label_columns(table: OpenTable) -> list[str]:
     "The columns that are labels, where the user has named none."
     used = set(table.roles.values())
-    found = []
-    for column in [name for name in table.raw.rows if name not in used]:
-        kind = _kind(table.raw.rows[column].tolist())
+    rows = table.raw.rows
+    kinds = {name: _kind(rows[name].tolist()) for name in rows if name not in used}
+    for column, kind in kinds.items():
         if kind == "mostly marks" or (kind == "shares" and not table.options.soft):
             _check_marks(table, column)
-        if kind in ("marks", "shares"):
-            found.append(column)
-        if kind == "nothing":
-            table.doubts.append(f"the column {column!r} is blank in all rows: it is not used")
-    return found
+    _doubt_kinds(table, kinds)
+    return [column for column, kind in kinds.items() if kind in ("marks", "shares")]
 
 # %% ../../nbs/data/03f_table_labels.ipynb #973b7fa4
 def _read_mark(cell, options: TableOptions) -> float:
@@ -220,9 +236,10 @@ def _given_labels(options: TableOptions) -> LabelSet | None:
 def _found_labels(table: OpenTable, names: Sequence[str]) -> LabelSet:
     "The labels that occur; raises `ValueError` where there are none, or where they cannot be used."
     if not names:
+        doubts = "".join(f" ({doubt})" for doubt in table.doubts)
         raise table.fault(
             f"no labels in the columns {list(table.raw.rows)}: add a column 'labels', or columns "
-            "of 0 and 1, or name the labels with labels="
+            f"of 0 and 1, or name the labels with labels={doubts}"
         )
     try:
         return LabelSet(names, table.options.none)

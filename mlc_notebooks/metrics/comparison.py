@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..data.checks import check_choice
 from ..data.markup import html_part, html_table
-from ..data.texts import AnnotatedTexts
+from ..data.texts import AnnotatedTexts, annotated
 from mlc_notebooks.metrics.alignment import (
     EPS,
     check_metric_options,
@@ -125,12 +125,22 @@ def _absent_labels(task: AnnotatedTexts, threshold: float) -> str:
     return f" Macro-F1 counts 0 for the {absent} of {len(in_a_set)} labels in no majority set."
 
 
-def _note(task: AnnotatedTexts, eps: float, threshold: float) -> str:
-    "How a report was made, in a sentence or two."
+def _left_out(count: int) -> str:
+    "How many items are not scored, as the end of a note; empty where all are."
+    if not count:
+        return ""
+    if count == 1:
+        return " 1 item that nobody annotated is left out."
+    return f" {count} items that nobody annotated are left out."
+
+
+def _note(task: AnnotatedTexts, eps: float, threshold: float, unasked: int = 0) -> str:
+    "How a report was made, in a sentence or two; `unasked` items have no annotations."
     shares = "aggregated labels (q is 0 or 1)" if task.aggregated else "q from annotators"
     return (
         f"{task.name}, {len(task)} items, {shares}; 95 % intervals over items; NLL in nats, "
         f"sum over labels, eps = {eps:g}; threshold {threshold:g}.{_absent_labels(task, threshold)}"
+        f"{_left_out(unasked)}"
     )
 
 # %% ../../nbs/metrics/07_comparison.ipynb #3ce6413c
@@ -143,6 +153,12 @@ def _with_people(tables: list[pd.DataFrame], ceiling: pd.DataFrame) -> pd.DataFr
         tables = [*tables, ceiling]
     return pd.concat(tables, ignore_index=True)[_REPORT_COLUMNS]
 
+# %% ../../nbs/metrics/07_comparison.ipynb #c149f138
+def _annotated_rows(table: pd.DataFrame, task: AnnotatedTexts) -> pd.DataFrame:
+    "The rows about items that somebody annotated; all of them where there are none."
+    known = annotated(task.at(table.index)).ids
+    return table[table.index.isin(known)] if known else table
+
 # %% ../../nbs/metrics/07_comparison.ipynb #499d6b1d
 def align_report(
     marginals: pd.DataFrame | dict[str, pd.DataFrame],  # (n, L) by item id, or several by method
@@ -153,22 +169,24 @@ def align_report(
 ) -> AlignReport:
     """Every metric of every method, of the baselines and of people, with 95 % intervals over items.
 
+    Items that nobody annotated are left out, and counted in the note.
     The label prior needs a train split, people need two annotators on some item; where there is
     none they are left out. Raises `ValueError` for no method, for one that is called like a row of
     the report, naming an item that one of the methods or the task does not have, and as
     `metric_table` does.
     """
     check_metric_options(eps, threshold, resamples)
-    methods = _methods_to_report(marginals, task)
-    first = next(iter(methods.values()))
-    shown = task.at(first.index)
+    given = _methods_to_report(marginals, task)
+    methods = {name: _annotated_rows(table, task) for name, table in given.items()}
+    shown = task.at(next(iter(methods.values())).index)
+    unasked = len(next(iter(given.values()))) - len(shown)
     tables = []
     for name, table in (methods | _baselines(shown)).items():
         found = metric_table(table, shown, eps, threshold, resamples)
         tables.append(found.assign(method=name))
     ceiling = noise_ceiling(shown, eps=eps, threshold=threshold, resamples=resamples)
     report = AlignReport(_with_people(tables, ceiling))
-    report.note = _note(shown, eps, threshold)
+    report.note = _note(shown, eps, threshold, unasked)
     return report
 
 # %% ../../nbs/metrics/07_comparison.ipynb #425b089e
@@ -209,7 +227,8 @@ def compare_methods(
     check_choice("against", against, _by_method(marginals))
     items = {}
     for name, table in marginals.items():
-        items[name] = _of_items(table, task, eps, threshold)
+        known = _annotated_rows(table, task)
+        items[name] = _of_items(known, task, eps, threshold)
 
     base = items.pop(against)
     rows = []

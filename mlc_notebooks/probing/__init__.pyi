@@ -5,6 +5,7 @@ from . import trace as trace
 from . import asking as asking
 from . import internals as internals
 from . import steps as steps
+from . import estimate as estimate
 from .reading import FormTrie as FormTrie
 from .reading import READINGS as READINGS
 from .reading import Step as Step
@@ -28,3 +29,5 @@ from .asking import list_settings as list_settings
 from .internals import attention_shares as attention_shares
 from .internals import read_states as read_states
 from .steps import probe_steps as probe_steps
+from .estimate import Estimate as Estimate
+from .estimate import estimate_run as estimate_run

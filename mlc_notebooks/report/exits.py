@@ -41,6 +41,7 @@ def one_line(message: str) -> str:
 _OPTION_OF = {  # by the name of the argument
     "text": "text",
     "labels": "labels",
+    "none": "none",
     "shots": "shots",
     "seed": "seed",
     "dtype": "dtype",
@@ -66,6 +67,10 @@ _PHRASES = {
     ", demonstrations of your own,": ", give a file a column split with rows train and test,",
     " with `load_table`": " with --file",
     "use chat=False": "leave out --chat",
+    "use the format 'json'": "use --format json",
+    "pass its folder, or set MLC_DATA": "set the variable MLC_DATA",
+    "use no_cache=True": "try --dtype float32, or Python's no_cache=True",
+    "is run with trust_remote_code=True only": "only Python's trust_remote_code=True runs",
     "soft=True": "--soft",
     "blank_as_zero=True": "--blank-as-zero",
 }

@@ -29,6 +29,7 @@ _CHARACTERS = {
     "delimiter": "between the cells of a csv file (default: found in its header)",
     "encoding": "of the file (default: utf-8, or what its first bytes say)",
     "sheet": "of an xlsx file (default: the first)",
+    "none": "the word for no label among labels (default: none)",
 }
 _SWITCHES = {
     "soft": "numbers from 0 to 1 are shares of annotators",
