@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/cheaper.html.md"""
 # %% auto #0
 __all__ = ['cheaper_methods', 'out_of_fold', 'which_to_use', 'Comparison', 'compare_with_cheaper']
 
-# %% ../../nbs/alignment/27_cheaper.ipynb #4f21d88f
+# %% ../../nbs/alignment/27_cheaper.ipynb #73f756f0
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from ..data.texts import AnnotatedTexts
 from ..metrics.alignment import EPS, item_metrics, metric_table
 from ..metrics.statistics import paired_difference
 
-# %% ../../nbs/alignment/27_cheaper.ipynb #a2e6c349
+# %% ../../nbs/alignment/27_cheaper.ipynb #b0774c68
 def _table(values: np.ndarray, part: AnnotatedTexts) -> pd.DataFrame:
     "The same probabilities (L,) for each text."
     rows = np.tile(values, (len(part), 1))
@@ -45,7 +45,7 @@ def cheaper_methods(known: AnnotatedTexts, part: AnnotatedTexts) -> dict[str, pd
         found["all zeros"] = _table(np.zeros(len(part.labels)), part)
     return found
 
-# %% ../../nbs/alignment/27_cheaper.ipynb #24ab2d42
+# %% ../../nbs/alignment/27_cheaper.ipynb #6a0ffd2f
 def out_of_fold(classifier: LabelClassifier) -> dict[str, pd.DataFrame]:
     """Probabilities (n, L) of the training rows that were not shown, by method.
 
@@ -71,16 +71,12 @@ def out_of_fold(classifier: LabelClassifier) -> dict[str, pd.DataFrame]:
         found[name] = pd.concat([part[name] for part in parts]).loc[known.raw.index]
     return found
 
-# %% ../../nbs/alignment/27_cheaper.ipynb #2782fc66
+# %% ../../nbs/alignment/27_cheaper.ipynb #0dddc991
 def _item_nll(p: pd.DataFrame, task: AnnotatedTexts) -> pd.Series:
     "NLL of each text."
     shares = task.at(p.index).distribution()
     found = item_metrics(p.to_numpy(), shares.to_numpy(), task.labels.is_multi, EPS, 0.5)
     return found["NLL"].set_axis(p.index)
-
-
-def _difference_in_words(low: float, value: float, high: float) -> str:
-    return f"NLL per text differs by {value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def which_to_use(scored: dict[str, pd.DataFrame], task: AnnotatedTexts) -> str:
@@ -92,17 +88,23 @@ def which_to_use(scored: dict[str, pd.DataFrame], task: AnnotatedTexts) -> str:
     model, _, *cheaper = losses
     best = min(cheaper, key=lambda name: losses[name].mean())
     value, low, high = paired_difference(losses[best], losses[model])
-    told = f"{_difference_in_words(low, value, high)}, n = {len(losses[best])}"
+    n = f"n = {len(losses[best])}"
     if low > 0:
-        return f"Use the language model: it is better than {best} ({told})."
+        gain = f"{value:.2f} [{low:.2f}, {high:.2f}]"
+        return f"Use the language model: its NLL per text is {gain} lower than that of {best}, {n}."
     if high < 0:
-        return f"Use {best}: it is better than the language model and costs nothing ({told})."
+        loss = f"{-value:.2f} [{-high:.2f}, {-low:.2f}]"
+        return (
+            f"Use {best}, which costs nothing: its NLL per text is {loss} lower than that of the "
+            f"language model, {n}."
+        )
     return (
-        f"These rows cannot tell the language model from {best} ({told}): label more rows, or take "
-        f"{best}, which costs nothing."
+        f"These rows cannot tell the language model from {best} (NLL per text is {value:.2f} "
+        f"[{low:.2f}, {high:.2f}] lower with the model, {n}): label more rows, or take {best}, "
+        "which costs nothing."
     )
 
-# %% ../../nbs/alignment/27_cheaper.ipynb #3441bd5a
+# %% ../../nbs/alignment/27_cheaper.ipynb #381a891b
 _METRICS = ("NLL", "L1", "example-F1")
 
 

@@ -10,6 +10,7 @@ __all__ = ['mlc_classify']
 # %% ../../nbs/report/08_classify.ipynb #a1b607c4
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from .command_runs import check_out_file, kept_batches, load_model
@@ -54,7 +55,7 @@ def _add_teaching(parser: argparse.ArgumentParser) -> None:
     sure = "adds a column abstain, for sets that hold all right labels so often, such as .9"
     add("--coverage", type=_share, metavar="SHARE", help=sure)
 
-
+# %% ../../nbs/report/08_classify.ipynb #2b1e9d11
 def _add_wording(how) -> None:
     "The options that say how the model is asked, beside those that all commands have."
     add = how.add_argument
@@ -149,16 +150,32 @@ def _check_can_learn(args: argparse.Namespace, known) -> None:
     print("no row has labels: probabilities are as the model says them", file=sys.stderr)
 
 # %% ../../nbs/report/08_classify.ipynb #fc4e3b8d
-def _flags(trace, classifier) -> dict[str, tuple[str, ...]]:
-    "The flags of each item, with `shown_as_example` where its text was an example."
+def _shown_items(trace, classifier) -> set[str]:
+    "The ids of the texts that were examples."
     from mlc_notebooks.data.texts import text_key
 
     shown = {text_key(text) for text, _ in classifier.examples_.pairs}
-    found = {}
-    for item, text, flags in zip(trace.items.index, trace.items["text"], trace.items["flags"]):
-        more = ("shown_as_example",) if text_key(text) in shown else ()
-        found[item] = (*flags, *more)
+    return {item for item, text in trace.items["text"].items() if text_key(text) in shown}
+
+
+def _flags(trace, classifier) -> dict[str, tuple[str, ...]]:
+    "The flags of each item, with `shown_as_example` where its text was an example."
+    found = trace.items["flags"].to_dict()
+    for item in _shown_items(trace, classifier):
+        found[item] = (*found[item], "shown_as_example")
     return found
+
+
+def _reading(task, classifier, trace):
+    "Whether the model reads; labels of texts that were examples prove nothing and do not count."
+    from mlc_notebooks.metrics.reading_check import reading_check
+
+    shown = _shown_items(trace, classifier)
+    annotations = [
+        votes[:0] if item in shown else votes for item, votes in zip(task.ids, task.annotations)
+    ]
+    judged = replace(task, annotations=annotations)
+    return reading_check(trace, judged, classifier.probabilities(trace))
 
 
 def _chosen(sets) -> dict[str, list[str]]:
@@ -200,10 +217,12 @@ def _what_was_learned(classifier) -> str:
     return f"{line}, {classifier.calibration} fitted to {len(classifier.known_.raw)} rows"
 
 
-def _print_outcome(path: Path, classifier, trace) -> None:
-    "Print what was learned, whether it is worth it, and where the results are."
+def _print_outcome(path: Path, task, classifier, trace) -> None:
+    "Print whether the model reads, what was learned, whether it is worth it, where results are."
     from mlc_notebooks.alignment.cheaper import compare_with_cheaper
 
+    check = _reading(task, classifier, trace)
+    print(f"\nDoes the model read the texts?\n{check.level.upper()}: {check.sentence}")
     made = trace.settings
     print(f"\n{made['model']}, {len(trace)} texts, {_what_was_learned(classifier)}")
     if classifier.known_ is not None:
@@ -230,15 +249,15 @@ def _print_estimate(args: argparse.Namespace, classifier, task, known) -> None:
 
 # %% ../../nbs/report/08_classify.ipynb #ee067383
 def _classify(args: argparse.Namespace) -> None:
-    "Answer, calibrate, decide and write, as the command line says."
-    path = _results_path(args)
+    "Answer, calibrate, decide and write, or only estimate, as the command line says."
+    path = None if args.estimate else _results_path(args)
     described = described_file(args, without=("labels_column", "annotator"))
     task = described.task
     known = _known_rows(task)
     _check_can_learn(args, known)
 
     classifier = _classifier(args, task, load_model(args))
-    if args.estimate:
+    if path is None:
         _print_estimate(args, classifier, task, known)
         return
     with kept_batches(path.with_name(f"{path.name}.batches"), args.fresh) as kept:
@@ -248,7 +267,7 @@ def _classify(args: argparse.Namespace) -> None:
             classifier.fit(known.texts, known.distribution(), folder=kept / "known")
         trace = classifier.ask(task, kept / "texts")
         _write(path, described, classifier, trace)
-    _print_outcome(path, classifier, trace)
+    _print_outcome(path, task, classifier, trace)
 
 
 def mlc_classify(argv: list[str] | None = None) -> int:

@@ -110,6 +110,15 @@ def _add_answering(how) -> None:
     add("--long-text", choices=("error", "truncate"), default="error", help=too_long)
 
 # %% ../../nbs/report/07_cli.ipynb #e39b740c
+def _multi_share(task, shots: int) -> float:
+    "The share of examples with several labels: half, or what a small train split has."
+    from mlc_notebooks.data.demonstrations import reachable_share
+
+    if task.pool is None:
+        return 0.5
+    return reachable_share(task.pool, shots, exclude=task.texts)
+
+
 def _probe(args: argparse.Namespace, tasks: list, folders: dict[str, str], kept: Path) -> dict:
     "A trace of each task by its name; finished batches are kept in a folder of each."
     from mlc_notebooks.probing.steps import probe_steps
@@ -120,7 +129,9 @@ def _probe(args: argparse.Namespace, tasks: list, folders: dict[str, str], kept:
     traces = {}
     for task in tasks:
         folder = kept / folders[task.name]
-        traces[task.name] = probe_steps(lm, task, args.shots, folder=folder, **how)
+        share = _multi_share(task, args.shots)
+        shown = dict(shots=args.shots, multi_share=share)
+        traces[task.name] = probe_steps(lm, task, folder=folder, **shown, **how)
     return traces
 
 # %% ../../nbs/report/07_cli.ipynb #cd546795
@@ -238,7 +249,8 @@ def _align_and_save(args: argparse.Namespace) -> None:
 
     lm = load_model(args)
     with kept_batches(args.out / "batches", args.fresh) as folder:
-        trace = probe_steps(lm, task, args.shots, seed=args.seed, folder=folder / "trace")
+        shown = dict(shots=args.shots, seed=args.seed, multi_share=_multi_share(task, args.shots))
+        trace = probe_steps(lm, task, folder=folder / "trace", **shown)
         marginals = zero_shot(lm, task, names, args.shots, args.seed, trace, folder=folder)
         report = align_report(marginals, task)
         _save_alignment(args.out, marginals, report)
