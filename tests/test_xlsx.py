@@ -10,10 +10,14 @@ from datetime import date, datetime
 import openpyxl
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from openpyxl.cell import Cell
 
 from mlc_notebooks.data import describe_table, load_table
+from mlc_notebooks.data.results import write_results
 from mlc_notebooks.data.spreadsheets import read_sheet, sheet_bytes
+from mlc_notebooks.data.table_files import read_table_file
 
 HEADER = ["id", "text", "labels"]
 TICKETS = [HEADER, ["007", "Lost", "joy; fear"], [8, "Late", "none"], [9, "Hm", None]]
@@ -241,7 +245,7 @@ def test_the_command_reads_a_sheet(tmp_path, capsys):
 
 
 def test_written_texts_are_texts():
-    texts = ["=1+1", "+49 30", "-", "@all", "#N/A", "a\rb\n_x000D_", "\x07", "0042", " hm "]
+    texts = ["=1+1", "+49 30", "-", "@all", "#N/A", "a\rb\n_x000D_", "\x07\ufffe", "0042", " hm "]
     frame = pd.DataFrame({"=id": texts, "p_joy": [0.1] * 9, "sure": [True, None] + [False] * 7})
     content = sheet_bytes(frame)
     sheet = openpyxl.load_workbook(io.BytesIO(content)).active
@@ -253,3 +257,24 @@ def test_written_texts_are_texts():
     assert sheet["B2"].value == 0.1 and sheet.freeze_panes == "A2"
     with pytest.raises(ValueError, match="row 1, column 'text': a cell of a sheet holds at most"):
         sheet_bytes(pd.DataFrame({"text": ["x" * 32_768]}))
+
+
+LETTERS = st.sampled_from(
+    [*"ab ;|,\"'\n\r\t=+-@_x000D_\\[{%#/é😀\x01\x0b\x7f\x85\u2028\ufeff\ufffe"]
+)
+
+
+@settings(max_examples=30)
+@given(
+    texts=st.lists(
+        st.text(LETTERS | st.characters(codec="utf-8", exclude_characters="\0"), min_size=1),
+        min_size=1,
+    )
+)
+def test_any_text_comes_back_from_every_kind_of_file(texts, tmp_path_factory):
+    texts = [text if text.strip() else f"a{text}" for text in texts]
+    frame = pd.DataFrame({"id": list(map(str, range(len(texts)))), "text": texts, "p_joy": 0.1})
+    for kind in ("csv", "tsv", "jsonl", "parquet", "xlsx"):
+        path = tmp_path_factory.getbasetemp() / f"texts.{kind}"
+        write_results(path, frame)
+        assert read_table_file(path).rows["text"].tolist() == texts

@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/data/spreadsheets.html.md"""
 # %% auto #0
 __all__ = ['load_openpyxl', 'Sheet', 'read_sheet', 'sheet_bytes']
 
-# %% ../../nbs/data/03a_spreadsheets.ipynb #5342980d
+# %% ../../nbs/data/03a_spreadsheets.ipynb #bec4f2c0
 import io
 import re
 import warnings
@@ -20,7 +20,7 @@ from functools import partial
 
 import pandas as pd
 
-# %% ../../nbs/data/03a_spreadsheets.ipynb #4163de89
+# %% ../../nbs/data/03a_spreadsheets.ipynb #3094da97
 def load_openpyxl():
     "The module that reads and writes xlsx; raises `ModuleNotFoundError` saying what to install."
     try:
@@ -32,7 +32,7 @@ def load_openpyxl():
         ) from None
     return openpyxl
 
-# %% ../../nbs/data/03a_spreadsheets.ipynb #9b7bd3bd
+# %% ../../nbs/data/03a_spreadsheets.ipynb #df357871
 @dataclass
 class Sheet:
     "A sheet as text, and what its reader should know."
@@ -44,7 +44,7 @@ class Sheet:
     faults: dict[int, str] = field(default_factory=dict)  # by column: why it cannot be used
     suspicions: dict[int, str] = field(default_factory=dict)  # by column: what to check if used
 
-# %% ../../nbs/data/03a_spreadsheets.ipynb #cc093c27
+# %% ../../nbs/data/03a_spreadsheets.ipynb #4ce47a0d
 _DAMAGE = (zipfile.BadZipFile, zlib.error, OSError, EOFError, SyntaxError, LookupError)
 _DAMAGE += (ValueError, TypeError, AttributeError)
 _OLD = bytes.fromhex("d0cf11e0")
@@ -65,7 +65,7 @@ def _load(content: bytes, values: bool):
     except _DAMAGE as error:
         raise ValueError(f"the file is damaged or no xlsx ({type(error).__name__})") from None
 
-# %% ../../nbs/data/03a_spreadsheets.ipynb #59710f83
+# %% ../../nbs/data/03a_spreadsheets.ipynb #4056e6cb
 def _filled(sheet) -> dict[tuple[int, int], object]:
     "The cells that hold something, by row and column."
     # sheet.iter_rows would make a cell for every place up to the last that has a colour
@@ -89,8 +89,8 @@ def _first_sheet(book) -> tuple[object, list[str]]:
     first = (seen or sheets)[0]
     return first, [sheet.title for sheet in sheets if sheet is not first and _filled(sheet)]
 
-# %% ../../nbs/data/03a_spreadsheets.ipynb #590616cc
-_CODE = re.compile(r"_x(00[01][0-9A-Fa-f]|005F)_")
+# %% ../../nbs/data/03a_spreadsheets.ipynb #a515817a
+_CODE = re.compile(r"_x(00[01][0-9A-F]|005F|D[89A-F][0-9A-F]{2}|FFF[EF])_", re.IGNORECASE)
 
 
 def _uncoded(text: str) -> str:
@@ -125,7 +125,7 @@ def _text_of(cell) -> str:
         return _number(value, cell.number_format)
     return _moment(value) if isinstance(value, date) else str(value)
 
-# %% ../../nbs/data/03a_spreadsheets.ipynb #58b6aeda
+# %% ../../nbs/data/03a_spreadsheets.ipynb #4911e5b2
 def _fault(cell) -> str | None:
     "Why a column with this cell cannot be used; None for most cells."
     if cell.data_type == "e":
@@ -159,7 +159,7 @@ def _first_of_each_column(cells: dict, say) -> dict[int, str]:
             found[column] = told
     return found
 
-# %% ../../nbs/data/03a_spreadsheets.ipynb #8c0282b1
+# %% ../../nbs/data/03a_spreadsheets.ipynb #6dbcabc4
 def _has_formulas(content: bytes) -> bool:
     "Whether a sheet of the file may hold a formula."
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -181,7 +181,7 @@ def _check_computed(content: bytes, sheet) -> None:
                 "the file in a spreadsheet program and save it there"
             )
 
-# %% ../../nbs/data/03a_spreadsheets.ipynb #d350e6dc
+# %% ../../nbs/data/03a_spreadsheets.ipynb #0bd7e2e6
 def _spread_merged(sheet, texts: dict[tuple[int, int], str]) -> list[str]:
     "The places of merged cells, whose text now stands in all their rows; raises `ValueError`."
     spread = []
@@ -214,7 +214,7 @@ def _hidden_columns(sheet, columns: range) -> list[int]:
             hidden |= set(range(dimension.min or 0, (dimension.max or 0) + 1))
     return [column for column in columns if column in hidden]
 
-# %% ../../nbs/data/03a_spreadsheets.ipynb #ec7dd39e
+# %% ../../nbs/data/03a_spreadsheets.ipynb #ecb6f1f3
 def _counted(items: list, noun: str) -> str:
     "How many, and the first: `3 rows (row 7, for instance)`."
     if len(items) == 1:
@@ -232,7 +232,7 @@ def _tell_hidden(sheet, found: Sheet, rows: list[int], columns: range) -> None:
     if any(names):
         found.doubts.append(f"hidden, and read all the same: the columns {names}")
 
-# %% ../../nbs/data/03a_spreadsheets.ipynb #ddcab801
+# %% ../../nbs/data/03a_spreadsheets.ipynb #17009010
 def _texts(sheet, cells: dict) -> dict[tuple[int, int], str]:
     "The text of each cell that is not blank; raises `ValueError` where there is none."
     texts = {}
@@ -251,7 +251,7 @@ def _rows_and_columns(texts: dict[tuple[int, int], str]) -> tuple[list[int], ran
     columns = sorted({column for _, column in texts})
     return rows, range(columns[0], columns[-1] + 1)
 
-# %% ../../nbs/data/03a_spreadsheets.ipynb #63a0e374
+# %% ../../nbs/data/03a_spreadsheets.ipynb #f43a80d8
 def _tell_rows(found: Sheet, rows: list[int], spread: list[str]) -> None:
     "Add a doubt about merged cells, and a note about blank rows."
     if spread:
@@ -279,7 +279,7 @@ def _by_position(told: dict[int, str], columns: range) -> dict[int, str]:
     "What is told about columns, by their position among those that are kept."
     return {column - columns[0]: words for column, words in told.items()}
 
-# %% ../../nbs/data/03a_spreadsheets.ipynb #47968a46
+# %% ../../nbs/data/03a_spreadsheets.ipynb #2100c179
 def read_sheet(content: bytes, wanted: str | None = None) -> Sheet:
     """The sheet of this name, or the first that can be seen, as text; from the bytes of a file.
 
@@ -300,11 +300,11 @@ def read_sheet(content: bytes, wanted: str | None = None) -> Sheet:
         )
     return found
 
-# %% ../../nbs/data/03a_spreadsheets.ipynb #26a4633c
+# %% ../../nbs/data/03a_spreadsheets.ipynb #c690e4b6
 _LONGEST = 32_767  # characters in a cell
 _MOST_ROWS = 1_048_576
 _MOST_COLUMNS = 16_384
-_NOT_XML = re.compile("[\0-\x08\x0b-\x1f]|_(?=x[0-9A-Fa-f]{4}_)")
+_NOT_XML = re.compile("[\0-\x08\x0b-\x1f\ud800-\udfff\ufffe\uffff]|_(?=x[0-9A-Fa-f]{4}_)")
 
 
 def _coded(text: str) -> str:
@@ -328,7 +328,7 @@ def _check_room(frame: pd.DataFrame) -> None:
                     "parquet"
                 )
 
-# %% ../../nbs/data/03a_spreadsheets.ipynb #f5702788
+# %% ../../nbs/data/03a_spreadsheets.ipynb #17364aee
 def _written(sheet, cells: tuple) -> Iterator:
     "A row for `sheet.append`: texts stay texts, blanks are None."
     from openpyxl.cell import WriteOnlyCell

@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/probing/estimate.html.md"""
 # %% auto #0
 __all__ = ['Estimate', 'estimate_run']
 
-# %% ../../nbs/probing/06_estimate.ipynb #1e8a1c71
+# %% ../../nbs/probing/06_estimate.ipynb #0a38912c
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from ..models.lm import LM
 from .asking import ListQuestions, as_task, ask_for_lists
 from .steps import probe_steps
 
-# %% ../../nbs/probing/06_estimate.ipynb #a22cb60f
+# %% ../../nbs/probing/06_estimate.ipynb #adaf1485
 def _lasting(seconds: float) -> str:
     "A time in words: `42 seconds`, `12 minutes`, `3.5 hours`."
     if seconds < 100:
@@ -33,7 +33,7 @@ def _lasting(seconds: float) -> str:
         return f"{seconds / 60:.0f} minutes"
     return f"{seconds / 3600:.1f} hours"
 
-# %% ../../nbs/probing/06_estimate.ipynb #e4afd70a
+# %% ../../nbs/probing/06_estimate.ipynb #fdb6b5fa
 @dataclass(frozen=True, repr=False)
 class Estimate:
     "What a run will take; it prints as sentences."
@@ -74,20 +74,20 @@ def _sentences(found: Estimate) -> list[str]:
         "work on the machine, and longer answers, change it.",
     ]
 
-# %% ../../nbs/probing/06_estimate.ipynb #3c9da8aa
+# %% ../../nbs/probing/06_estimate.ipynb #2f4cca49
 def _sample_of(lengths: Sequence[int], count: int, seed: int) -> list[int]:
     "`count` positions, one at random from each of as many groups of similar length."
     by_length = np.argsort(lengths, kind="stable")
     rng = np.random.default_rng(seed)
     return [int(rng.choice(group)) for group in np.array_split(by_length, count)]
 
-# %% ../../nbs/probing/06_estimate.ipynb #3dfd812d
+# %% ../../nbs/probing/06_estimate.ipynb #6b579da2
 def _fixed_part(whole: float, parts: Sequence[float]) -> float:
     "Seconds that do not grow with the texts."
     if len(parts) < 2:
         return 0.0
     more = (sum(parts) - whole) / (len(parts) - 1)
-    return min(max(more, 0.0), whole, *parts)
+    return min(max(more, 0.0), min(parts) / 2)
 
 
 def _extrapolated(
@@ -106,7 +106,7 @@ def _extrapolated(
     high = fixed + (rate + 2 * error) * tokens
     return expected, low, max(high, seconds / timed_tokens * tokens)
 
-# %% ../../nbs/probing/06_estimate.ipynb #108c5ffa
+# %% ../../nbs/probing/06_estimate.ipynb #83721de0
 def _weights_megabytes(lm: LM) -> float:
     "What the weights take."
     return sum(weight.nbytes for weight in lm.model.parameters()) / 2**20
@@ -131,7 +131,7 @@ def _kept_megabytes(lm: LM, asked: ListQuestions, positions: Sequence[int]) -> f
     kept = len(asked.rows.shared) + min(tokens, tokens_under_way(lm))
     return 1024 * kept / tokens_within(lm, 1024)
 
-# %% ../../nbs/probing/06_estimate.ipynb #8d3636d5
+# %% ../../nbs/probing/06_estimate.ipynb #f4731acd
 _ASKING = ("seed", "fmt", "multi_share", "template", "chat", "long_text")
 _OF_A_RUN = ("folder", "progress")  # arguments of `probe_steps` without meaning for a sample
 
@@ -167,7 +167,7 @@ class _Timed:
         "How many tokens an answer has on average."
         return float(trace.steps.groupby("example")["generated_tokens"].max().mean())
 
-# %% ../../nbs/probing/06_estimate.ipynb #8668a832
+# %% ../../nbs/probing/06_estimate.ipynb #fc4e8d3c
 def _timing(timed: _Timed, asked: ListQuestions, chosen: list[int]) -> tuple[float, float, float]:
     "Seconds for all texts and their range, from the texts at the chosen positions."
     timed.ask(chosen[:1])  # the first pass of a process takes longer than others
@@ -185,7 +185,7 @@ def _timing(timed: _Timed, asked: ListQuestions, chosen: list[int]) -> tuple[flo
     whole = (trace.settings["seconds"], tokens(chosen))
     return _extrapolated(whole, parts, tokens(range(len(asked.rows))))
 
-# %% ../../nbs/probing/06_estimate.ipynb #5181c977
+# %% ../../nbs/probing/06_estimate.ipynb #b6ab7252
 def estimate_run(
     lm: LM,
     texts: AnnotatedTexts | Sequence[str],  # plain strings need `labels`
