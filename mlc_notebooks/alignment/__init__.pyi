@@ -39,6 +39,7 @@ from .calibration import log_odds as log_odds
 from .calibration import step_prior as step_prior
 from .isotonic import Isotonic as Isotonic
 from .isotonic import fit_isotonic as fit_isotonic
+from .conformal import check_enough as check_enough
 from .conformal import conformal_limit as conformal_limit
 from .conformal import conformal_sets as conformal_sets
 from .conformal import set_metrics as set_metrics

@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/classifier.html.md
 # %% auto #0
 __all__ = ['FOLDS', 'KnownAnswers', 'LabelClassifier']
 
-# %% ../../nbs/alignment/26_classifier.ipynb #8fc07d78
+# %% ../../nbs/alignment/26_classifier.ipynb #85989069
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from mlc_notebooks.alignment.classifier_answers import (
     check_parameters,
     weights_of,
 )
-from .conformal import conformal_limit
+from .conformal import check_enough, conformal_limit
 from .examples import Examples, choose_examples
 from .linear import read_predictor, write_predictor
 from .maps import CALIBRATIONS, arrays_of, cross_mapped, map_of_arrays
@@ -32,7 +32,7 @@ from ..data.texts import AnnotatedTexts, majority_of_shares, without_texts
 from ..models.lm import LM
 from ..probing.trace import Trace
 
-# %% ../../nbs/alignment/26_classifier.ipynb #d0096a5d
+# %% ../../nbs/alignment/26_classifier.ipynb #bcb3935d
 FOLDS = 5
 _ENOUGH = 20  # rows to calibrate on
 
@@ -46,24 +46,25 @@ class KnownAnswers:
     calibrated: pd.DataFrame  # (n, L), each row from a map that has not seen it
     seconds: float  # per row, in this run
 
-# %% ../../nbs/alignment/26_classifier.ipynb #0c31985a
+# %% ../../nbs/alignment/26_classifier.ipynb #3c4f71c6
 class _Learning(AskingClassifier):
     "How a `LabelClassifier` learns from rows."
 
-    def _known_answers(self, task: AnnotatedTexts, folder) -> tuple[list[Trace], AnnotatedTexts]:
-        "Answers to rows that were not shown, and these rows."
-        shown = [text for text, _ in self.examples_.pairs]
-        others = without_texts(task, shown)
-        if self.examples_.nearest is None and len(others) >= _ENOUGH:
-            return [self.trace_of(others, self.examples_, _inside(folder, "rows"))], others
+    def _others(self, task: AnnotatedTexts) -> AnnotatedTexts | None:
+        "Rows that were not shown, if they are enough to calibrate on; None: ask in folds."
+        others = without_texts(task, [text for text, _ in self.examples_.pairs])
+        enough = self.examples_.nearest is None and len(others) >= _ENOUGH
+        return others if enough else None
 
+    def _in_folds(self, task: AnnotatedTexts, folder) -> list[Trace]:
+        "Answers to the rows of each fold, after examples from the others."
         folds = row_folds(task.texts, FOLDS, self.seed)
         traces = []
         for fold in np.unique(folds):
             examples = self._choose(task.select(np.flatnonzero(folds != fold)))
             mine = task.select(np.flatnonzero(folds == fold))
             traces.append(self.trace_of(mine, examples, _inside(folder, f"fold {fold}")))
-        return traces, task
+        return traces
 
     def _choose(self, task: AnnotatedTexts) -> Examples:
         "The examples for new texts, from these rows."
@@ -74,7 +75,14 @@ class _Learning(AskingClassifier):
         self.examples_ = self._choose(task)
         if self.calibration is None and self.coverage is None and self.threshold != "per_label":
             return
-        traces, others = self._known_answers(task, folder)
+        others = self._others(task)
+        if self.coverage is not None:
+            check_enough(len(task if others is None else others), self.coverage)
+        if others is None:
+            traces = self._in_folds(task, folder)
+            others = task
+        else:
+            traces = [self.trace_of(others, self.examples_, _inside(folder, "rows"))]
         raw = pd.concat([self.uncalibrated(trace) for trace in traces]).loc[list(others.ids)]
         seconds = sum(trace.settings["seconds"] for trace in traces) / len(others)
         if self.calibration is not None:
@@ -103,7 +111,7 @@ def _inside(folder, name: str) -> Path | None:
     "A folder in a folder, if there is one."
     return None if folder is None else Path(folder) / name
 
-# %% ../../nbs/alignment/26_classifier.ipynb #3b7b8e64
+# %% ../../nbs/alignment/26_classifier.ipynb #5f84fbb9
 class _Deciding(_Learning):
     "How a `LabelClassifier` decides."
 
@@ -133,7 +141,7 @@ class _Deciding(_Learning):
         "Whether the conformal set differs from the decision (n,); raises as `possible` does."
         return (self.possible(p) != self.decide(p)).any(axis=1).rename("abstain")
 
-# %% ../../nbs/alignment/26_classifier.ipynb #0d2a4d81
+# %% ../../nbs/alignment/26_classifier.ipynb #e10c0c54
 def _name_of(model: str | LM) -> str:
     "The name of a model."
     return model.name if isinstance(model, LM) else str(model)
@@ -176,7 +184,7 @@ class _Saved(_Deciding):
         found.weights_ = about["weights"]
         return found
 
-# %% ../../nbs/alignment/26_classifier.ipynb #e3304fb3
+# %% ../../nbs/alignment/26_classifier.ipynb #dda51543
 class _Predicting(TransformerMixin, ClassifierMixin, _Saved):
     "What scikit-learn calls after `fit`."
 
@@ -205,7 +213,7 @@ class _Predicting(TransformerMixin, ClassifierMixin, _Saved):
         "The names of the columns of `transform`."
         return self.classes_
 
-# %% ../../nbs/alignment/26_classifier.ipynb #4c687fdf
+# %% ../../nbs/alignment/26_classifier.ipynb #7bf51442
 class LabelClassifier(_Predicting):
     """Label probabilities of a language model, as a scikit-learn classifier of texts.
 

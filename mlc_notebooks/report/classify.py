@@ -55,7 +55,7 @@ def _add_teaching(parser: argparse.ArgumentParser) -> None:
     sure = "adds a column abstain, for sets that hold all right labels so often, such as .9"
     add("--coverage", type=_share, metavar="SHARE", help=sure)
 
-# %% ../../nbs/report/08_classify.ipynb #2b1e9d11
+# %% ../../nbs/report/08_classify.ipynb #f4a45b01
 def _add_wording(how) -> None:
     "The options that say how the model is asked, beside those that all commands have."
     add = how.add_argument
@@ -118,12 +118,13 @@ def _known_rows(task):
     return known if len(known) else None
 
 
-def _classifier(args: argparse.Namespace, task, lm):
-    "The classifier as the options say, not fitted."
+def _classifier(args: argparse.Namespace, task):
+    "The classifier as the options say, not fitted; its model is not loaded yet."
     from mlc_notebooks.alignment.classifier import LabelClassifier
+    from mlc_notebooks.alignment.classifier_answers import check_parameters
 
-    return LabelClassifier(
-        lm,
+    classifier = LabelClassifier(
+        args.model,
         labels=list(task.labels),
         none=task.labels.none,
         method=args.method,
@@ -138,6 +139,8 @@ def _classifier(args: argparse.Namespace, task, lm):
         seed=args.seed,
         progress=True,
     )
+    check_parameters(classifier)
+    return classifier
 
 
 def _check_can_learn(args: argparse.Namespace, known) -> None:
@@ -256,7 +259,8 @@ def _classify(args: argparse.Namespace) -> None:
     known = _known_rows(task)
     _check_can_learn(args, known)
 
-    classifier = _classifier(args, task, load_model(args))
+    classifier = _classifier(args, task)
+    classifier.model = load_model(args)
     if path is None:
         _print_estimate(args, classifier, task, known)
         return
