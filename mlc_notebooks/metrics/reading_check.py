@@ -29,6 +29,8 @@ _OFTEN = 0.2  # share of irregular answers
 _RARELY = 0.01  # share of swaps: what so few swaps reach is no luck
 _RANKS = 0.6  # AUROC from which on probabilities are worth something
 _FITS = 0.05  # gain in example-F1 over swapped texts that is worth something
+_AUROC_LEFT = 0.65  # nothing useful is left where the intervals end below these two
+_GAIN_LEFT = 0.1
 
 
 def _all_alike(value: pd.Series) -> bool:
@@ -54,7 +56,7 @@ def _without_a_sign(rows: pd.DataFrame) -> str:
     if _names_nothing(value):
         return "names nothing"
     high = rows["high"]
-    nothing_left = high[Finding.AUROC] < _RANKS and high[Finding.GAIN] < 2 * _FITS
+    nothing_left = high[Finding.AUROC] < _AUROC_LEFT and high[Finding.GAIN] < _GAIN_LEFT
     return "no fit" if nothing_left else "unclear"
 
 
