@@ -48,6 +48,7 @@ from .plots_alignment import best_method as best_method
 from .plots_alignment import plot_alignment as plot_alignment
 from .summary import plot_summary as plot_summary
 from .summary import run_summary as run_summary
+from .summary import summary_sentence as summary_sentence
 from .page import ROWS_SHOWN as ROWS_SHOWN
 from .page import if_annotated as if_annotated
 from .page import labels_without_font as labels_without_font
