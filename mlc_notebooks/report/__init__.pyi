@@ -5,6 +5,8 @@ from . import plots_order as plots_order
 from . import plots_internals as plots_internals
 from . import plots_alignment as plots_alignment
 from . import summary as summary
+from . import text_table as text_table
+from . import steps_chart as steps_chart
 from . import page as page
 from . import exits as exits
 from . import options as options
@@ -49,7 +51,18 @@ from .plots_alignment import plot_alignment as plot_alignment
 from .summary import plot_summary as plot_summary
 from .summary import run_summary as run_summary
 from .summary import summary_sentence as summary_sentence
+from .text_table import LONGEST_TEXT as LONGEST_TEXT
+from .text_table import MOST_BARS as MOST_BARS
+from .text_table import cut_text as cut_text
+from .text_table import shown_labels as shown_labels
+from .text_table import text_csv as text_csv
+from .text_table import text_rows as text_rows
+from .text_table import text_table as text_table
+from .steps_chart import chart_scripts as chart_scripts
+from .steps_chart import chart_versions as chart_versions
+from .steps_chart import steps_chart as steps_chart
 from .page import ROWS_SHOWN as ROWS_SHOWN
+from .page import data_uri as data_uri
 from .page import if_annotated as if_annotated
 from .page import labels_without_font as labels_without_font
 from .page import page_part as page_part
