@@ -65,8 +65,13 @@ function chartValues(table) {
 // Draw the steps of a row into an element, as many panels side by side as there is room for.
 async function draw(row, place) {
   const spec = JSON.parse(document.getElementById("chart").textContent);
+  const room = place.clientWidth - 130; // beside the names of the labels
+  const columns = Math.max(1, Math.min(row.steps, 4, Math.floor(room / 180)));
+  const width = Math.max(100, Math.min(260, Math.floor(room / columns) - 25));
   spec.data.values = chartValues(row.body.querySelector(".steps"));
-  spec.columns = Math.max(1, Math.min(4, Math.floor((place.clientWidth - 110) / 175)));
+  spec.columns = columns;
+  spec.spec.width = width;
+  spec.config.header.labelLimit = width + 15;
   spec.description = `Probability of each label at each step of the answer to: ${row.said}`;
   const options = { ast: true, renderer: "svg", actions: false, tooltip: false };
   await vegaEmbed(place, spec, options);

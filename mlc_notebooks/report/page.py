@@ -24,11 +24,11 @@ from ..data.markup import fill_html, html_code, html_json, html_table, script_po
 from ..data.texts import AnnotatedTexts, annotated
 from ..metrics.phenomenon import phenomenon_table
 from ..probing.trace import Trace
+from .chart import chart_scripts, steps_chart
 from .fonts import fonts_for, fonts_to_install
+from .per_text import cut_text, text_csv, text_rows, text_table
 from .plots_steps import plot_steps
-from .steps_chart import chart_scripts, steps_chart
 from .summary import plot_summary, run_summary, summary_sentence
-from .text_table import cut_text, text_csv, text_rows, text_table
 
 # %% ../../nbs/report/06_page.ipynb #565b372d
 def png_of(drawn) -> bytes:
@@ -56,7 +56,7 @@ def if_annotated(task: AnnotatedTexts | None) -> AnnotatedTexts | None:
         return None
     return task
 
-# %% ../../nbs/report/06_page.ipynb #3490a703
+# %% ../../nbs/report/06_page.ipynb #789bde05
 def _longest(trace: Trace, count: int) -> list[str]:
     "The ids of the texts with the most steps."
     steps = trace.steps["example"].value_counts(sort=False)
@@ -83,7 +83,7 @@ def _summary_in_words(trace: Trace) -> str:
         f"written, and order accuracy. {summary_sentence(trace)}"
     )
 
-# %% ../../nbs/report/06_page.ipynb #ba4f1431
+# %% ../../nbs/report/06_page.ipynb #0cf96efe
 def labels_without_font(names: Iterable[str]) -> dict | None:
     "The labels that pictures can only show in codes, and what to install; None: there are none."
     lacking = [name for name in names if _fonts_lacking(name)]
@@ -104,7 +104,7 @@ def _settings_table(settings: dict) -> pd.DataFrame:
     shown = [name for name in flat if name not in ("prompt", "versions")]
     return pd.DataFrame({"": [str(flat[name]) for name in shown]}, shown)
 
-# %% ../../nbs/report/06_page.ipynb #8a7f8e5e
+# %% ../../nbs/report/06_page.ipynb #38ab1d81
 ROWS_SHOWN = 1000  # texts of a trace; a page must stay readable for a browser
 _LARGEST_DOWNLOAD = 2_000_000  # bytes of the csv inside the page
 _SIGNS = {"green": "✓ green", "amber": "! amber", "red": "✗ red"}  # no level by colour alone
@@ -176,7 +176,7 @@ def page_part(
     evidence = None if check is None else html_table(check.evidence.round(3), index=False)
     part = {
         "task": trace.settings["task"],
-        "name": f"{trace.settings['task']}: {len(trace)} texts",
+        "name": f"{trace.settings['task']}: {len(trace)} text{'s' if len(trace) > 1 else ''}",
         "check": check,
         "sign": None if check is None else _SIGNS[check.level],
         "evidence": evidence,
@@ -239,7 +239,7 @@ def write_report(
     write_whole(page, _page(traces, parts))
     return page
 
-# %% ../../nbs/report/06_page.ipynb #af56e4b0
+# %% ../../nbs/report/06_page.ipynb #28c8b520
 @functools.cache
 def _beside(name: str) -> str:
     "A file beside this module, as text."

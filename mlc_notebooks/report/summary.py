@@ -18,7 +18,7 @@ from ..metrics.order import next_labels, order_accuracy, rank_histogram
 from ..metrics.phenomenon import summarise
 from ..metrics.profiles import sorted_profile, step_profile
 from ..probing.trace import Trace
-from .drawing import add_caption
+from .drawing import FEW, add_caption
 from .fonts import plain_texts
 from mlc_notebooks.report.plots_order import (
     plot_next_labels,
@@ -99,7 +99,8 @@ def _summary_caption(following: pd.DataFrame) -> str:
     return (
         f"The runner-up is written next in {share.mean():.0%} of {share.count()} intermediate "
         f"steps; where it is not, it is never written in {never.mean():.0%} of {never.count()}. "
-        "Boxes and lines in violins: quartiles; bars: 95 % intervals over texts."
+        f"Boxes and lines in violins: quartiles; groups of fewer than {FEW} as dots; bars: 95 % "
+        "intervals over texts."
     )
 
 # %% ../../nbs/report/05_summary.ipynb #50d11c1c
@@ -126,7 +127,7 @@ def _mean_with_interval(row: pd.Series) -> str:
         return "-"
     return f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}] n={row['n']:.0f}"
 
-# %% ../../nbs/report/05_summary.ipynb #dd265090
+# %% ../../nbs/report/05_summary.ipynb #0cdf5f3e
 def summary_sentence(trace: Trace) -> str:
     "Step 1's top and second probability, and how often the runner-up was what came next, with n."
     first = step_profile(trace).query("step == 1")
