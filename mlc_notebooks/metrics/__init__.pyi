@@ -10,6 +10,8 @@ from . import comparison as comparison
 from . import phenomenon as phenomenon
 from . import experiments as experiments
 from . import demonstration_labels as demonstration_labels
+from . import evidence as evidence
+from . import reading_check as reading_check
 from .statistics import bootstrap as bootstrap
 from .statistics import bootstrap_mean as bootstrap_mean
 from .statistics import bootstrap_means as bootstrap_means
@@ -81,3 +83,8 @@ from .demonstration_labels import derangement as derangement
 from .demonstration_labels import flip_demonstrations as flip_demonstrations
 from .demonstration_labels import unrelated_words as unrelated_words
 from .demonstration_labels import vary_demonstration_labels as vary_demonstration_labels
+from .evidence import Finding as Finding
+from .evidence import answer_names as answer_names
+from .evidence import reading_evidence as reading_evidence
+from .reading_check import ReadingCheck as ReadingCheck
+from .reading_check import reading_check as reading_check

@@ -164,12 +164,22 @@ def _probe(args: argparse.Namespace, tasks: list, folders: dict[str, str], kept:
         traces[task.name] = probe_steps(lm, task, args.shots, folder=folder, **how)
     return traces
 
+# %% ../../nbs/report/07_cli.ipynb #cd546795
+def _print_reading(checks: dict) -> None:
+    "Say for each task by name whether the model reads its texts, and which options may help."
+    print("\nDoes the model read the texts?")
+    for name, check in checks.items():
+        print(f"{check.level.upper()}, {name}: {check.sentence}")
+    if any("examples" in check.sentence for check in checks.values()):
+        print("Here --shots N shows it examples, and --model NAME takes another model.")
+
 # %% ../../nbs/report/07_cli.ipynb #ccddb1a6
 def _probe_and_report(args: argparse.Namespace) -> None:
     "Probe, write the report and print its summary, as the command line says."
     tasks = _tasks(args, ["goemotions", "brighter-eng"], 64, "main")
     _check_out(args.out)
 
+    from mlc_notebooks.metrics.reading_check import reading_check
     from mlc_notebooks.report.page import trace_folders, write_report
     from mlc_notebooks.report.summary import run_summary
 
@@ -177,6 +187,7 @@ def _probe_and_report(args: argparse.Namespace) -> None:
     with _kept_batches(args) as kept:
         traces = _probe(args, tasks, trace_folders(by_name), kept)
         page = write_report(traces, args.out, by_name)
+    _print_reading({name: reading_check(trace, by_name[name]) for name, trace in traces.items()})
     _print_summary(args, run_summary(traces), page)
 
 
@@ -263,12 +274,16 @@ def _align_and_save(args: argparse.Namespace) -> None:
 
     from mlc_notebooks.alignment.methods import zero_shot
     from mlc_notebooks.metrics.comparison import align_report
+    from mlc_notebooks.metrics.reading_check import reading_check
+    from mlc_notebooks.probing.steps import probe_steps
 
     lm = _load_model(args)
     with _kept_batches(args) as folder:
-        marginals = zero_shot(lm, task, names, args.shots, args.seed, folder=folder)
+        trace = probe_steps(lm, task, args.shots, seed=args.seed, folder=folder / "trace")
+        marginals = zero_shot(lm, task, names, args.shots, args.seed, trace, folder=folder)
         report = align_report(marginals, task)
         _save_alignment(args.out, marginals, report)
+    _print_reading({task.name: reading_check(trace, task)})
     print(f"\n{args.model}, {args.shots}-shot\n\n{report}\n\nTable, scores and figure: {args.out}")
 
 
