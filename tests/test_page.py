@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
 from html.parser import HTMLParser
 from importlib.resources import files
 
@@ -16,6 +15,7 @@ import pandas as pd
 import pytest
 
 from mlc_notebooks.data import AnnotatedTexts, LabelSet
+from mlc_notebooks.metrics import ReadingCheck
 from mlc_notebooks.probing import Trace
 from mlc_notebooks.report import (
     plot_intermediate_last,
@@ -35,13 +35,6 @@ TEXTS = [
     "'\"`; a, b\t= 1",
 ]
 LABELS = ["</script>", "<b>", "$$", "悲しみ", "فرح", "joy 😀"]
-
-
-@dataclass
-class Check:
-    level: str
-    sentence: str
-    evidence: pd.DataFrame
 
 
 def make_trace(texts=TEXTS, labels=LABELS, task="my <texts>$$") -> Trace:
@@ -112,7 +105,7 @@ def folder(tmp_path_factory):
     trace = make_trace()
     out = tmp_path_factory.mktemp("report")
     evidence = pd.DataFrame({"what": ["<b>$$"], "value": [1.0]})
-    checks = {"t": Check("red", "It does <not> read $$.", evidence)}
+    checks = {"t": ReadingCheck("red", "It does <not> read $$.", evidence)}
     write_report({"t": trace}, out, {"t": gold_of(trace)}, panels=2, checks=checks)
     return out
 
@@ -244,11 +237,11 @@ def test_the_first_screen_says_how_it_went(html):
     assert html.index('id="picture"') < html.index(">Evidence<")
 
 
-def test_a_run_without_gold_and_without_check(tmp_path):
+def test_a_run_without_gold_labels_is_checked_all_the_same(tmp_path):
     trace = make_trace()
     page = write_report({"t": trace}, tmp_path, panels=0).read_text(encoding="utf-8")
     read = Page(page)
-    assert "green" not in page.split("<main>")[1].split("<script")[0]
+    assert "! amber" in page and "too few to tell" in page
     assert "least sure" in page and not read.all("td", **{"data-head": "Gold"})
     assert len(read.all("img")) == 1
     assert text_table(trace)["doubt"].is_monotonic_decreasing

@@ -72,7 +72,8 @@ async function draw(row, place) {
   spec.columns = columns;
   spec.spec.width = width;
   spec.config.header.labelLimit = width + 15;
-  spec.description = `Probability of each label at each step of the answer to: ${row.said}`;
+  place.setAttribute("role", "img");
+  place.setAttribute("aria-label", `Label probabilities step by step for: ${row.said}`);
   const options = { ast: true, renderer: "svg", actions: false, tooltip: false };
   await vegaEmbed(place, spec, options);
 }

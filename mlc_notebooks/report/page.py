@@ -23,6 +23,7 @@ from ..data.files import safe_name, write_whole
 from ..data.markup import fill_html, html_code, html_json, html_table, script_policy
 from ..data.texts import AnnotatedTexts, annotated
 from ..metrics.phenomenon import phenomenon_table
+from ..metrics.reading_check import ReadingCheck, reading_check
 from ..probing.trace import Trace
 from .chart import chart_scripts, steps_chart
 from .fonts import fonts_for, fonts_to_install
@@ -56,7 +57,7 @@ def if_annotated(task: AnnotatedTexts | None) -> AnnotatedTexts | None:
         return None
     return task
 
-# %% ../../nbs/report/06_page.ipynb #789bde05
+# %% ../../nbs/report/06_page.ipynb #9561c726
 def _longest(trace: Trace, count: int) -> list[str]:
     "The ids of the texts with the most steps."
     steps = trace.steps["example"].value_counts(sort=False)
@@ -83,7 +84,7 @@ def _summary_in_words(trace: Trace) -> str:
         f"written, and order accuracy. {summary_sentence(trace)}"
     )
 
-# %% ../../nbs/report/06_page.ipynb #0cf96efe
+# %% ../../nbs/report/06_page.ipynb #5631a97f
 def labels_without_font(names: Iterable[str]) -> dict | None:
     "The labels that pictures can only show in codes, and what to install; None: there are none."
     lacking = [name for name in names if _fonts_lacking(name)]
@@ -104,7 +105,7 @@ def _settings_table(settings: dict) -> pd.DataFrame:
     shown = [name for name in flat if name not in ("prompt", "versions")]
     return pd.DataFrame({"": [str(flat[name]) for name in shown]}, shown)
 
-# %% ../../nbs/report/06_page.ipynb #38ab1d81
+# %% ../../nbs/report/06_page.ipynb #64e581c3
 ROWS_SHOWN = 1000  # texts of a trace; a page must stay readable for a browser
 _LARGEST_DOWNLOAD = 2_000_000  # bytes of the csv inside the page
 _SIGNS = {"green": "✓ green", "amber": "! amber", "red": "✗ red"}  # no level by colour alone
@@ -170,20 +171,20 @@ def page_part(
     task: AnnotatedTexts | None,  # with gold labels
     panels: int,  # texts shown step by step as pictures
     folder: str,  # in which the trace is saved, for the page
-    check=None,  # with level, sentence and evidence: does the model read the texts?
+    check: ReadingCheck,  # does the model read the texts?
 ) -> dict:
     "What the page's template needs of one trace: texts, pictures and tables by name."
-    evidence = None if check is None else html_table(check.evidence.round(3), index=False)
+    plain = dict(index=False, na_rep="-")
     part = {
         "task": trace.settings["task"],
         "name": f"{trace.settings['task']}: {len(trace)} text{'s' if len(trace) > 1 else ''}",
         "check": check,
-        "sign": None if check is None else _SIGNS[check.level],
-        "evidence": evidence,
+        "sign": _SIGNS[check.level],
+        "evidence": html_table(check.evidence.round(3), **plain),
         "sentence": summary_sentence(trace),
         "page": picture(plot_summary(trace, task)),
         "alt": _summary_in_words(trace),
-        "statistics": html_table(statistics.round(3), index=False),
+        "statistics": html_table(statistics.round(3), **plain),
         "panels": [_panel(trace, item) for item in _longest(trace, panels)],
         "first_id": _longest(trace, 1)[0],
     }
@@ -218,7 +219,7 @@ def write_report(
     folder: str | Path,  # report.html and one folder per trace are written here
     tasks: dict[str, AnnotatedTexts] | None = None,  # by name, for what needs gold labels
     panels: int = 3,  # texts shown step by step as pictures, per trace
-    checks: dict | None = None,  # by name: does the model read the texts? See `page_part`
+    checks: dict[str, ReadingCheck] | None = None,  # by name; None: they are made here
 ) -> Path:
     """The path of a self-contained page about traces, which are saved beside it with their tables.
 
@@ -231,15 +232,17 @@ def write_report(
     for name, trace in traces.items():
         _save_trace(trace, Path(folder) / folders[name], found[name], tables[name])
 
+    if checks is None:
+        checks = {name: reading_check(trace, tasks.get(name)) for name, trace in traces.items()}
     parts = []
     for name, trace in traces.items():
-        how = (tasks.get(name), panels, folders[name], (checks or {}).get(name))
+        how = (tasks.get(name), panels, folders[name], checks[name])
         parts.append(page_part(trace, found[name], tables[name], *how))
     page = Path(folder) / "report.html"
     write_whole(page, _page(traces, parts))
     return page
 
-# %% ../../nbs/report/06_page.ipynb #28c8b520
+# %% ../../nbs/report/06_page.ipynb #3ea10f11
 @functools.cache
 def _beside(name: str) -> str:
     "A file beside this module, as text."
