@@ -7,12 +7,12 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/report/chart.html.md"""
 # %% auto #0
 __all__ = ['steps_chart', 'chart_scripts', 'chart_versions']
 
-# %% ../../nbs/report/05c_chart.ipynb #c2e72ec1
+# %% ../../nbs/report/05c_chart.ipynb #e445f35e
 import functools
 
 from .drawing import OTHER, WRITTEN
 
-# %% ../../nbs/report/05c_chart.ipynb #752f8a6d
+# %% ../../nbs/report/05c_chart.ipynb #f92ffc22
 _QUIET = {  # lines and letters in the colour of the page's text
     "axis": {
         "labelColor": "currentColor",
@@ -32,7 +32,7 @@ _QUIET = {  # lines and letters in the colour of the page's text
     "lineBreak": "\n",
 }
 
-
+# %% ../../nbs/report/05c_chart.ipynb #c7285e88
 def steps_chart() -> dict:
     """A description, in Vega-Lite, of a chart of one text's steps; a page adds its rows.
 
@@ -57,7 +57,7 @@ def steps_chart() -> dict:
     )
     return panels.to_dict(validate=False) | {"config": _QUIET}
 
-# %% ../../nbs/report/05c_chart.ipynb #3bf798c4
+# %% ../../nbs/report/05c_chart.ipynb #65e4145b
 @functools.cache
 def chart_scripts() -> str:
     "The scripts that draw a description in a browser: Vega, Vega-Lite and vega-embed in one piece."

@@ -139,34 +139,7 @@ def interval_lengths(frame: pd.DataFrame) -> np.ndarray:
     above = (frame["high"] - frame["value"]).abs()
     return np.stack([below.to_numpy(), above.to_numpy()])
 
-# %% ../../nbs/report/00_drawing.ipynb #43b19e68
-FEW = 20  # values; a smaller group is drawn as dots
-
-
-def draw_spread(
-    axes: plt.Axes,
-    tidy: pd.DataFrame,
-    x: str,
-    y: str,
-    hue: str,
-    colors: dict[str, str],  # by value of `hue`, in the order of drawing
-    boxes: bool = False,  # and not violins
-) -> None:
-    "Draw a violin for each group of x and hue that has many values, dots for each that has few."
-    sizes = tidy.groupby([x, hue], observed=True)[y].transform("count")
-    many = tidy[sizes >= FEW]
-    few = tidy[sizes < FEW]
-    where = dict(x=x, y=y, hue=hue, order=sorted(tidy[x].unique()), hue_order=list(colors))
-    where |= dict(palette=colors, dodge=True, ax=axes, legend=False)
-    if len(many):
-        draw = _draw_boxes if boxes else _draw_violins
-        draw(many, where)
-    if len(few):
-        _draw_dots(few, where)
-    for name, color in colors.items():  # for the legend
-        axes.scatter([], [], color=color, marker="s", label=name)
-
-
+# %% ../../nbs/report/00_drawing.ipynb #ad7a0d82
 def _draw_violins(many: pd.DataFrame, where: dict) -> None:
     import seaborn as sns
 
@@ -200,6 +173,33 @@ def _mark_medians(axes: plt.Axes, few: pd.DataFrame, where: dict) -> None:
         medians = few[few[where["hue"]] == name].groupby(where["x"])[where["y"]].median()
         middles = np.array([where["order"].index(key) for key in medians.index]) + shift
         axes.hlines(medians, middles - 0.3 * width, middles + 0.3 * width, color="black", lw=1.2)
+
+# %% ../../nbs/report/00_drawing.ipynb #f47e9785
+FEW = 20  # values; a smaller group is drawn as dots
+
+
+def draw_spread(
+    axes: plt.Axes,
+    tidy: pd.DataFrame,
+    x: str,
+    y: str,
+    hue: str,
+    colors: dict[str, str],  # by value of `hue`, in the order of drawing
+    boxes: bool = False,  # and not violins
+) -> None:
+    "Draw a violin for each group of x and hue that has many values, dots for each that has few."
+    sizes = tidy.groupby([x, hue], observed=True)[y].transform("count")
+    many = tidy[sizes >= FEW]
+    few = tidy[sizes < FEW]
+    where = dict(x=x, y=y, hue=hue, order=sorted(tidy[x].unique()), hue_order=list(colors))
+    where |= dict(palette=colors, dodge=True, ax=axes, legend=False)
+    if len(many):
+        draw = _draw_boxes if boxes else _draw_violins
+        draw(many, where)
+    if len(few):
+        _draw_dots(few, where)
+    for name, color in colors.items():  # for the legend
+        axes.scatter([], [], color=color, marker="s", label=name)
 
 # %% ../../nbs/report/00_drawing.ipynb #8dd5d148
 def example_id(trace: Trace, example: int | str) -> str:

@@ -114,6 +114,7 @@ function control(table, controls, rows) {
     place: (row) => -row.body.dataset.place,
     steps: (row) => row.steps,
   };
+  let sortedBy = "distance"; // the order in which the rows come
   const apply = () => {
     const asked = { words: words.value, label: label.value, kind: kind.value };
     let shown = 0;
@@ -121,8 +122,11 @@ function control(table, controls, rows) {
       row.body.hidden = !fits(row, asked);
       shown += row.body.hidden ? 0 : 1;
     }
-    const value = values[order.value] ?? ((row) => row.probs.get(order.value.slice(2)));
-    table.append(...ordered(rows, value).map((row) => row.body));
+    if (order.value !== sortedBy) {
+      sortedBy = order.value;
+      const value = values[sortedBy] ?? ((row) => row.probs.get(sortedBy.slice(2)));
+      table.append(...ordered(rows, value).map((row) => row.body));
+    }
     count.textContent = `${shown} of ${rows.length} texts`;
   };
   controls.addEventListener("input", apply);

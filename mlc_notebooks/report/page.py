@@ -57,7 +57,7 @@ def if_annotated(task: AnnotatedTexts | None) -> AnnotatedTexts | None:
         return None
     return task
 
-# %% ../../nbs/report/06_page.ipynb #9561c726
+# %% ../../nbs/report/06_page.ipynb #35aa5e99
 def _longest(trace: Trace, count: int) -> list[str]:
     "The ids of the texts with the most steps."
     steps = trace.steps["example"].value_counts(sort=False)
@@ -84,7 +84,7 @@ def _summary_in_words(trace: Trace) -> str:
         f"written, and order accuracy. {summary_sentence(trace)}"
     )
 
-# %% ../../nbs/report/06_page.ipynb #5631a97f
+# %% ../../nbs/report/06_page.ipynb #3d9cbe66
 def labels_without_font(names: Iterable[str]) -> dict | None:
     "The labels that pictures can only show in codes, and what to install; None: there are none."
     lacking = [name for name in names if _fonts_lacking(name)]
@@ -105,7 +105,7 @@ def _settings_table(settings: dict) -> pd.DataFrame:
     shown = [name for name in flat if name not in ("prompt", "versions")]
     return pd.DataFrame({"": [str(flat[name]) for name in shown]}, shown)
 
-# %% ../../nbs/report/06_page.ipynb #64e581c3
+# %% ../../nbs/report/06_page.ipynb #ef9ff881
 ROWS_SHOWN = 1000  # texts of a trace; a page must stay readable for a browser
 _LARGEST_DOWNLOAD = 2_000_000  # bytes of the csv inside the page
 _SIGNS = {"green": "✓ green", "amber": "! amber", "red": "✗ red"}  # no level by colour alone
@@ -163,7 +163,7 @@ def _panel(trace: Trace, item: str) -> dict:
     "A picture of one text's steps, and what it shows."
     return {"image": picture(plot_steps(trace, item)), "alt": _steps_in_words(trace, item)}
 
-
+# %% ../../nbs/report/06_page.ipynb #8f86d661
 def page_part(
     trace: Trace,
     statistics: pd.DataFrame,  # of `phenomenon_table`
@@ -206,43 +206,7 @@ def trace_folders(names: Iterable[str]) -> dict[str, str]:
         taken.add(folder.casefold())
     return folders
 
-# %% ../../nbs/report/06_page.ipynb #3cfec1b6
-def _save_trace(trace: Trace, folder: Path, statistics: pd.DataFrame, table: pd.DataFrame) -> None:
-    "Write a trace, its statistics and its table of texts."
-    trace.save(folder)
-    write_whole(folder / "phenomenon.csv", statistics.to_csv(index=False))
-    write_whole(folder / "texts.csv", text_csv(table))
-
-
-def write_report(
-    traces: dict[str, Trace],  # by name
-    folder: str | Path,  # report.html and one folder per trace are written here
-    tasks: dict[str, AnnotatedTexts] | None = None,  # by name, for what needs gold labels
-    panels: int = 3,  # texts shown step by step as pictures, per trace
-    checks: dict[str, ReadingCheck] | None = None,  # by name; None: they are made here
-) -> Path:
-    """The path of a self-contained page about traces, which are saved beside it with their tables.
-
-    Files are written whole. Raises `OSError`, which names the folder, where one cannot be written.
-    """
-    tasks = {name: if_annotated(task) for name, task in (tasks or {}).items()}
-    folders = trace_folders(traces)
-    found = {name: phenomenon_table(trace, tasks.get(name)) for name, trace in traces.items()}
-    tables = {name: text_table(trace, tasks.get(name)) for name, trace in traces.items()}
-    for name, trace in traces.items():
-        _save_trace(trace, Path(folder) / folders[name], found[name], tables[name])
-
-    if checks is None:
-        checks = {name: reading_check(trace, tasks.get(name)) for name, trace in traces.items()}
-    parts = []
-    for name, trace in traces.items():
-        how = (tasks.get(name), panels, folders[name], checks[name])
-        parts.append(page_part(trace, found[name], tables[name], *how))
-    page = Path(folder) / "report.html"
-    write_whole(page, _page(traces, parts))
-    return page
-
-# %% ../../nbs/report/06_page.ipynb #3ea10f11
+# %% ../../nbs/report/06_page.ipynb #4d70912b
 @functools.cache
 def _beside(name: str) -> str:
     "A file beside this module, as text."
@@ -280,3 +244,39 @@ def _page(traces: dict[str, Trace], parts: list[dict]) -> str:
         verdicts=_worst_first(parts),
         parts=parts,
     )
+
+# %% ../../nbs/report/06_page.ipynb #3cfec1b6
+def _save_trace(trace: Trace, folder: Path, statistics: pd.DataFrame, table: pd.DataFrame) -> None:
+    "Write a trace, its statistics and its table of texts."
+    trace.save(folder)
+    write_whole(folder / "phenomenon.csv", statistics.to_csv(index=False))
+    write_whole(folder / "texts.csv", text_csv(table))
+
+
+def write_report(
+    traces: dict[str, Trace],  # by name
+    folder: str | Path,  # report.html and one folder per trace are written here
+    tasks: dict[str, AnnotatedTexts] | None = None,  # by name, for what needs gold labels
+    panels: int = 3,  # texts shown step by step as pictures, per trace
+    checks: dict[str, ReadingCheck] | None = None,  # by name; None: they are made here
+) -> Path:
+    """The path of a self-contained page about traces, which are saved beside it with their tables.
+
+    Files are written whole. Raises `OSError`, which names the folder, where one cannot be written.
+    """
+    tasks = {name: if_annotated(task) for name, task in (tasks or {}).items()}
+    folders = trace_folders(traces)
+    found = {name: phenomenon_table(trace, tasks.get(name)) for name, trace in traces.items()}
+    tables = {name: text_table(trace, tasks.get(name)) for name, trace in traces.items()}
+    for name, trace in traces.items():
+        _save_trace(trace, Path(folder) / folders[name], found[name], tables[name])
+
+    if checks is None:
+        checks = {name: reading_check(trace, tasks.get(name)) for name, trace in traces.items()}
+    parts = []
+    for name, trace in traces.items():
+        how = (tasks.get(name), panels, folders[name], checks[name])
+        parts.append(page_part(trace, found[name], tables[name], *how))
+    page = Path(folder) / "report.html"
+    write_whole(page, _page(traces, parts))
+    return page

@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/report/per_text.html.md"""
 # %% auto #0
 __all__ = ['MOST_BARS', 'LONGEST_TEXT', 'text_table', 'text_csv', 'shown_labels', 'cut_text', 'text_rows']
 
-# %% ../../nbs/report/05b_per_text.ipynb #cb7f4097
+# %% ../../nbs/report/05b_per_text.ipynb #aa4980d4
 import numpy as np
 import pandas as pd
 
@@ -17,7 +17,21 @@ from ..data.texts import AnnotatedTexts, majority_of_shares
 from ..probing.reading import p_go
 from ..probing.trace import Trace
 
-# %% ../../nbs/report/05b_per_text.ipynb #5c96dcfd
+# %% ../../nbs/report/05b_per_text.ipynb #35232972
+def _shares(trace: Trace, task: AnnotatedTexts) -> pd.DataFrame:
+    "The share of annotators who chose each label (n, L), NaN where nobody annotated."
+    return task.at(trace.items.index).distribution()[list(trace.labels)]
+
+
+def _gold(labels: LabelSet, shares: pd.DataFrame) -> list[tuple[str, ...] | None]:
+    "The majority set of each text, `none` where it is empty; None where nobody annotated."
+    nothing = (labels.none,) if labels.is_multi else ()
+    chosen = majority_of_shares(shares.fillna(0).to_numpy(), labels.is_multi)
+    sets = [labels.chosen(row) or nothing for row in chosen.astype(int)]
+    asked = shares.notna().all(axis=1)
+    return [names if known else None for names, known in zip(sets, asked)]
+
+# %% ../../nbs/report/05b_per_text.ipynb #d4aa82cd
 def text_table(
     trace: Trace,
     task: AnnotatedTexts | None = None,  # with gold labels for some of the texts
@@ -45,21 +59,7 @@ def text_table(
     parts.append(trace.items[["output", "flags"]])
     return pd.concat(parts, axis=1).sort_values(first, ascending=False, kind="stable")
 
-
-def _shares(trace: Trace, task: AnnotatedTexts) -> pd.DataFrame:
-    "The share of annotators who chose each label (n, L), NaN where nobody annotated."
-    return task.at(trace.items.index).distribution()[list(trace.labels)]
-
-
-def _gold(labels: LabelSet, shares: pd.DataFrame) -> list[tuple[str, ...] | None]:
-    "The majority set of each text, `none` where it is empty; None where nobody annotated."
-    nothing = (labels.none,) if labels.is_multi else ()
-    chosen = majority_of_shares(shares.fillna(0).to_numpy(), labels.is_multi)
-    sets = [labels.chosen(row) or nothing for row in chosen.astype(int)]
-    asked = shares.notna().all(axis=1)
-    return [names if known else None for names, known in zip(sets, asked)]
-
-# %% ../../nbs/report/05b_per_text.ipynb #8b31653e
+# %% ../../nbs/report/05b_per_text.ipynb #02e0e5b3
 def text_csv(table: pd.DataFrame) -> str:
     "A table of `text_table` as csv: its labels joined with `; `, empty where nobody annotated."
     flat = table.copy()
@@ -68,7 +68,7 @@ def text_csv(table: pd.DataFrame) -> str:
             flat[column] = flat[column].map("; ".join, na_action="ignore")
     return flat.round(4).to_csv(index_label="id")
 
-# %% ../../nbs/report/05b_per_text.ipynb #9e47a469
+# %% ../../nbs/report/05b_per_text.ipynb #58448b33
 MOST_BARS = 16  # labels per text
 LONGEST_TEXT = 2000  # characters
 
@@ -91,7 +91,7 @@ def cut_text(text: str, most: int = LONGEST_TEXT) -> str:
         return text
     return f"{text[:most]} ... ({len(text) - most} more characters)"
 
-# %% ../../nbs/report/05b_per_text.ipynb #c0a76968
+# %% ../../nbs/report/05b_per_text.ipynb #c081a1f9
 def _bars(labels: LabelSet, row: dict) -> tuple[list[dict], int]:
     "The bars of one text, and how many labels are left out."
     names = list(labels)
@@ -114,7 +114,7 @@ def _bar(name: str, value: float, row: dict) -> dict:
         "share": "" if np.isnan(share) else f"{100 * share:.1f}",
     }
 
-
+# %% ../../nbs/report/05b_per_text.ipynb #3c92f235
 def _step_table(labels: LabelSet, steps: pd.DataFrame, probs: np.ndarray) -> dict:
     "Of one text: a head per step, and per outcome its probabilities (rows of `steps`)."
     names = labels.outcomes
@@ -137,7 +137,44 @@ def _step_head(step: dict) -> tuple[str, str]:
         line += f", goes on {step['p_go']:.2f}"
     return f"step {step['step']}: {wrote}", line
 
-# %% ../../nbs/report/05b_per_text.ipynb #1d0d3be0
+# %% ../../nbs/report/05b_per_text.ipynb #8ea829b5
+def _gold_with_shares(row: dict) -> list[dict] | None:
+    "The gold labels and those of a minority, each with its share where annotators differ."
+    if row.get("gold") is None:
+        return None
+    found = [_gold_label(name, row.get(f"q_{name}", 1.0), in_set=True) for name in row["gold"]]
+    for column, share in row.items():
+        name = column.removeprefix("q_")
+        if column.startswith("q_") and share > 0 and name not in row["gold"]:
+            found.append(_gold_label(name, share, in_set=False))
+    return found
+
+
+def _gold_label(name: str, share: float, in_set: bool) -> dict:
+    return {"label": name, "share": "" if share == 1 else f"{share:.2f}", "in_set": in_set}
+
+
+def _sets_in_words(row: dict) -> str:
+    "The gold labels, where there are any, and the written ones in one line."
+    written = f"written: {', '.join(row['written']) or 'no label'}"
+    if row.get("gold") is None:
+        return written
+    return f"gold: {', '.join(row['gold'])}; {written}"
+
+
+def _kinds(labels: LabelSet, row: dict) -> str:
+    "What the filter of the page asks for: differs, several, none, flagged."
+    written = set(row["written"])
+    gold = row.get("gold")
+    kinds = {
+        "differs": gold is not None and set(gold) != written,
+        "several": len(written - {labels.none}) > 1,
+        "none": written == {labels.none},
+        "flagged": bool(row["flags"]),
+    }
+    return " ".join(name for name, holds in kinds.items() if holds)
+
+# %% ../../nbs/report/05b_per_text.ipynb #0522aba1
 def text_rows(trace: Trace, table: pd.DataFrame) -> list[dict]:
     """The rows of a page, from the first rows of `text_table`: texts, bars and steps, as text.
 
@@ -176,40 +213,3 @@ def _row_of_text(labels: LabelSet, item: str, row: dict) -> dict:
         "bars": bars,
         "left_out": left_out,
     }
-
-
-def _gold_with_shares(row: dict) -> list[dict] | None:
-    "The gold labels and those of a minority, each with its share where annotators differ."
-    if row.get("gold") is None:
-        return None
-    found = [_gold_label(name, row.get(f"q_{name}", 1.0), in_set=True) for name in row["gold"]]
-    for column, share in row.items():
-        name = column.removeprefix("q_")
-        if column.startswith("q_") and share > 0 and name not in row["gold"]:
-            found.append(_gold_label(name, share, in_set=False))
-    return found
-
-
-def _gold_label(name: str, share: float, in_set: bool) -> dict:
-    return {"label": name, "share": "" if share == 1 else f"{share:.2f}", "in_set": in_set}
-
-
-def _sets_in_words(row: dict) -> str:
-    "The gold labels, where there are any, and the written ones in one line."
-    written = f"written: {', '.join(row['written']) or 'no label'}"
-    if row.get("gold") is None:
-        return written
-    return f"gold: {', '.join(row['gold'])}; {written}"
-
-
-def _kinds(labels: LabelSet, row: dict) -> str:
-    "What the filter of the page asks for: differs, several, none, flagged."
-    written = set(row["written"])
-    gold = row.get("gold")
-    kinds = {
-        "differs": gold is not None and set(gold) != written,
-        "several": len(written - {labels.none}) > 1,
-        "none": written == {labels.none},
-        "flagged": bool(row["flags"]),
-    }
-    return " ".join(name for name, holds in kinds.items() if holds)
