@@ -115,6 +115,9 @@ def test_the_wheel_carries_data_and_notices(tmp_path):
         "samples/goemotions/README.md",
         "samples/convabuse/ConvAbuseEMNLPtest.csv.gz",
         "adapters/smollm2-135m-emotions/adapter_model.safetensors",
+        "report/page.html",
+        "report/page.css",
+        "report/page.js",
     ):
         assert f"mlc_notebooks/{needed}" in names
     assert any(name.endswith("NOTICE") for name in names) and any(

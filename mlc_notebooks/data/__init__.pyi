@@ -49,8 +49,11 @@ from .json_lists import json_lists as json_lists
 from .damaged import naming_damage as naming_damage
 from .damaged import naming_folder as naming_folder
 from .markup import fill_html as fill_html
+from .markup import html_code as html_code
+from .markup import html_json as html_json
 from .markup import html_part as html_part
 from .markup import html_table as html_table
+from .markup import script_policy as script_policy
 from .answers import AnswerFormat as AnswerFormat
 from .answers import Entry as Entry
 from .answers import FLAGS as FLAGS

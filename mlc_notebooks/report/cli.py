@@ -156,8 +156,9 @@ def _probe_and_report(args: argparse.Namespace) -> None:
     by_name = {task.name: task for task in tasks}
     with kept_batches(args.out / "batches", args.fresh) as kept:
         traces = _probe(args, tasks, trace_folders(by_name), kept)
-        page = write_report(traces, args.out, by_name)
-    _print_reading({name: reading_check(trace, by_name[name]) for name, trace in traces.items()})
+        checks = {name: reading_check(trace, by_name[name]) for name, trace in traces.items()}
+        page = write_report(traces, args.out, by_name, checks=checks)
+    _print_reading(checks)
     _print_summary(args, run_summary(traces), page)
 
 

@@ -15,7 +15,9 @@ import numpy as np
 import pandas as pd
 
 from mlc_notebooks.report.drawing import (
+    FEW,
     draw_intervals,
+    draw_spread,
     finish_figure,
     n_range,
     new_axes,
@@ -67,17 +69,16 @@ def _next_labels_caption(steps: pd.DataFrame) -> str:
         f"The runner-up is written next in {following.mean():.0%} of {following.count()} "
         f"intermediate steps; where it is not, it is never written in {never.mean():.0%} of "
         f"{never.count()}. The label that is written next held {before:.2f} one step before "
-        "(median). Lines: quartiles."
+        f"(median). Lines in violins: quartiles; groups of fewer than {FEW} as dots."
     )
 
 # %% ../../nbs/report/02_plots_order.ipynb #2c2ce2da
 def _draw_four_series(axes: plt.Axes, steps: pd.DataFrame) -> None:
-    "Violins of the four series by step."
+    "The spread of the four series by step."
     import seaborn as sns
 
-    what = dict(x="step", y="probability", hue="series", hue_order=SERIES.values())
-    form = dict(cut=0, inner="quart", density_norm="width", linewidth=0.8, gap=0.1)
-    sns.violinplot(_four_series(steps), **what, **form, palette="colorblind", ax=axes)
+    colors = dict(zip(SERIES.values(), sns.color_palette("colorblind").as_hex()))
+    draw_spread(axes, _four_series(steps), "step", "probability", "series", colors)
 
 
 @plain_texts
@@ -86,7 +87,7 @@ def plot_next_labels(
     most_steps: int = 3,
     axis: plt.Axes | None = None,
 ) -> plt.Axes:
-    "The axes with violins of the four series of Figure 3, by step."
+    "The axes with the spread of the four series of Figure 3, by step."
     shown = steps.query("step <= @most_steps")
     alone = axis is None
     axes = axis or new_axes(9, 4)

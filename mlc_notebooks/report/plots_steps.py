@@ -18,11 +18,13 @@ from matplotlib.figure import Figure
 from ..metrics.profiles import step_profile
 from ..probing.trace import Trace
 from mlc_notebooks.report.drawing import (
+    FEW,
     OTHER,
     WRITTEN,
     add_caption,
     count_ticks,
     draw_intervals,
+    draw_spread,
     example_id,
     finish_figure,
     n_range,
@@ -103,26 +105,6 @@ def plot_steps(
     add_caption(grid.figure, _steps_caption(trace, frame))
     return grid
 
-# %% ../../nbs/report/01_plots_steps.ipynb #04f5bb7b
-def _draw_top_second(axes: plt.Axes, profile: pd.DataFrame) -> None:
-    "Boxes and, where they are not too many, points of the two largest probabilities."
-    import seaborn as sns
-
-    tidy = profile.melt(["example", "step"], ["top", "second"], "rank", "probability")
-    palette = {"top": WRITTEN, "second": OTHER}
-    where = dict(x="step", y="probability", hue="rank", palette=palette, ax=axes)
-    faint = {"alpha": 0.55}
-    sns.boxplot(tidy, **where, fliersize=0, width=0.7, gap=0.15, boxprops=faint, legend=False)
-    if len(profile) <= 1000:  # more points are a blot
-        sns.stripplot(tidy, **where, dodge=True, size=2.5, alpha=0.6, jitter=0.15)
-    else:
-        axes.legend(handles=[_swatch(name, color) for name, color in palette.items()])
-
-
-def _swatch(name: str, color: str) -> plt.Rectangle:
-    "A patch of colour for a legend."
-    return plt.Rectangle((0, 0), 1, 1, color=color, label=name)
-
 # %% ../../nbs/report/01_plots_steps.ipynb #bd421456
 @plain_texts
 def plot_top_second(
@@ -134,7 +116,9 @@ def plot_top_second(
     profile = step_profile(trace).query("step <= @most_steps")
     alone = axis is None
     axes = axis or new_axes(1.7 * profile["step"].nunique() + 2.4)
-    _draw_top_second(axes, profile)
+    tidy = profile.melt(["example", "step"], ["top", "second"], "rank", "probability")
+    colors = {"top": WRITTEN, "second": OTHER}
+    draw_spread(axes, tidy, "step", "probability", "rank", colors, boxes=True)
     count_ticks(axes, profile["step"])
     axes.set(ylim=(-0.02, 1.02), ylabel="probability over the outcomes")
     axes.set_xlabel("step (number of texts that reach it)")
@@ -148,7 +132,7 @@ def _top_second_caption(trace: Trace, profile: pd.DataFrame) -> str:
     return (
         f"At step 1 the likeliest outcome takes {medians['top']:.2f} and the second "
         f"{medians['second']:.2f} (medians). {model}, {task}, {len(trace)} texts. "
-        "Boxes: quartiles."
+        f"Boxes: quartiles; without a box: fewer than {FEW} texts, with their median."
     )
 
 # %% ../../nbs/report/01_plots_steps.ipynb #ad4b7150
@@ -188,26 +172,17 @@ def plot_intermediate_last(
     most_steps: int = 4,
     axis: plt.Axes | None = None,
 ) -> plt.Axes:
-    "The axes with violins of one column by step, intermediate steps beside last ones."
+    "The axes with the spread of one column by step, intermediate steps beside last ones."
     shown = profile.query("step <= @most_steps")
     shown = shown.assign(position=np.where(shown["last"], _LAST, _INTERMEDIATE))
     alone = axis is None
     axes = axis or new_axes(7)
-    _draw_positions(axes, shown, value)
+    colors = {_INTERMEDIATE: OTHER, _LAST: WRITTEN}
+    draw_spread(axes, shown, "step", value, "position", colors)
     count_ticks(axes, shown["step"])
     unit = "(bits)" if value.startswith("entropy") else "probability"
     axes.set(xlabel="step (number of texts that reach it)", ylabel=f"{value} {unit}")
     return finish_figure(axes, alone, _intermediate_last_caption(shown, value))
-
-
-def _draw_positions(axes: plt.Axes, shown: pd.DataFrame, value: str) -> None:
-    "Violins of a column by step, intermediate steps beside last ones."
-    import seaborn as sns
-
-    what = dict(x="step", y=value, hue="position")
-    colors = dict(hue_order=[_INTERMEDIATE, _LAST], palette=[OTHER, WRITTEN])
-    form = dict(cut=0, inner="quart", density_norm="width", linewidth=1, gap=0.1)
-    sns.violinplot(shown, **what, **colors, **form, ax=axes)
 
 
 def _intermediate_last_caption(shown: pd.DataFrame, value: str) -> str:
@@ -216,5 +191,6 @@ def _intermediate_last_caption(shown: pd.DataFrame, value: str) -> str:
     found = [f"{medians[name]:.2f} {where[name]}" for name in where if name in medians]
     return (
         f"{value.capitalize()} by step. Median at step 1: {', '.join(found)}. "
-        f"{shown['example'].nunique()} texts; lines: quartiles."
+        f"{shown['example'].nunique()} texts; lines in violins: quartiles; "
+        f"groups of fewer than {FEW} as dots, with their median."
     )
