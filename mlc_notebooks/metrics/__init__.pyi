@@ -10,6 +10,7 @@ from . import comparison as comparison
 from . import phenomenon as phenomenon
 from . import experiments as experiments
 from . import demonstration_labels as demonstration_labels
+from . import many_labels as many_labels
 from .statistics import bootstrap as bootstrap
 from .statistics import bootstrap_mean as bootstrap_mean
 from .statistics import bootstrap_means as bootstrap_means
@@ -81,3 +82,10 @@ from .demonstration_labels import derangement as derangement
 from .demonstration_labels import flip_demonstrations as flip_demonstrations
 from .demonstration_labels import unrelated_words as unrelated_words
 from .demonstration_labels import vary_demonstration_labels as vary_demonstration_labels
+from .many_labels import label_propensities as label_propensities
+from .many_labels import many_label_table as many_label_table
+from .many_labels import ndcg_at as ndcg_at
+from .many_labels import occurring_macro_f1 as occurring_macro_f1
+from .many_labels import precision_at as precision_at
+from .many_labels import propensity_precision_at as propensity_precision_at
+from .many_labels import recall_at as recall_at

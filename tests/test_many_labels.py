@@ -1,0 +1,147 @@
+"Many labels: metrics of rankings, descriptions of labels, candidates that are read exactly"
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import ndcg_score
+
+from mlc_notebooks.data.labels import LabelSet
+from mlc_notebooks.data.texts import AnnotatedTexts
+from mlc_notebooks.metrics.many_labels import (
+    label_propensities,
+    many_label_table,
+    ndcg_at,
+    occurring_macro_f1,
+    precision_at,
+    propensity_precision_at,
+    recall_at,
+)
+
+
+def _task(name, sets, labels, splits=None):
+    "A task in which one annotator has chosen these sets."
+    ids = [f"{name}{i}" for i in range(len(sets))]
+    votes = [labels.vector(chosen)[None] for chosen in sets]
+    texts = [f"text {item}" for item in ids]
+    return AnnotatedTexts(name, ids, texts, labels, votes, splits=splits or {})
+
+
+@pytest.fixture(scope="module")
+def ranked():
+    "Scores with ties and gold sets, each item with at least one label: (300, 40)."
+    rng = np.random.default_rng(1)
+    scores = rng.integers(0, 12, (300, 40)) / 12
+    gold = rng.random((300, 40)) < 0.06
+    gold[np.arange(300), rng.integers(0, 40, 300)] = True
+    return scores, gold
+
+
+@pytest.mark.parametrize("k", [1, 3, 5, 40])
+def test_ndcg_agrees_with_scikit_learn(ranked, k):
+    scores, gold = ranked
+    each = [ndcg_score(g[None], s[None], k=k) for s, g in zip(scores, gold)]
+    np.testing.assert_allclose(ndcg_at(scores, gold, k), each, atol=1e-12)
+
+
+def _broken_by_lot(scores, gold, k, rng):
+    "How many of the first k labels are right, ties broken by lot: the slow twin."
+    lots = rng.random(scores.shape)
+    order = np.lexsort((lots, -scores), axis=1)
+    return np.take_along_axis(gold, order, axis=1)[:, :k].sum(axis=1)
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_tied_ranks_are_worth_what_lots_give_on_average(ranked, k):
+    scores, gold = ranked
+    rng = np.random.default_rng(0)
+    right = np.mean([_broken_by_lot(scores, gold, k, rng) for _ in range(4000)], axis=0)
+    np.testing.assert_allclose(precision_at(scores, gold, k) * k, right, atol=0.05)
+    np.testing.assert_allclose(recall_at(scores, gold, k) * gold.sum(axis=1), right, atol=0.05)
+
+
+def test_a_constant_ranks_like_chance_wherever_the_frequent_labels_stand():
+    gold = np.zeros((10, 50), bool)
+    gold[:, 0] = True  # first in the alphabet
+    constant = np.full(gold.shape, 0.3)
+    np.testing.assert_allclose(precision_at(constant, gold, 1), 1 / 50)
+    np.testing.assert_allclose(recall_at(constant, gold, 10), 10 / 50)
+
+
+def test_items_without_gold_labels_have_no_value():
+    gold = np.array([[0, 0], [1, 0]])
+    scores = np.array([[0.3, 0.2], [0.1, 0.9]])
+    for metric in (precision_at, recall_at, ndcg_at):
+        values = metric(scores, gold, 1)
+        assert np.isnan(values[0]) and values[1] == 0
+
+
+def test_propensities_are_those_of_the_extreme_classification_repository():
+    rng = np.random.default_rng(0)
+    labels = LabelSet([f"l{i}" for i in range(30)])
+    sets = [
+        [name for i, name in enumerate(labels) if rng.random() < 1 / (i + 2)] for _ in range(80)
+    ]
+    train = _task("train", sets, labels)
+    counts = train.majority().sum().to_numpy()
+    n, a, b = 80, 0.55, 1.5
+    inverse = 1 + (np.log(n) - 1) * np.power(b + 1, a) * np.power(counts + b, -a)  # as published
+    np.testing.assert_allclose(1 / label_propensities(train), inverse, rtol=1e-12)
+
+
+def test_propensity_precision_is_at_most_what_the_best_ranking_earns(ranked):
+    scores, gold = ranked
+    rng = np.random.default_rng(2)
+    scores = rng.random(scores.shape)  # no ties: the slow twin below has none
+    propensities = rng.uniform(0.1, 1, 40)
+    earned, best = propensity_precision_at(scores, gold, propensities, 3)
+    for s, g, mine, most in zip(scores, gold, earned, best):
+        first = sorted(range(40), key=lambda label: -s[label])[:3]
+        worth = sorted((1 / propensities[label] for label in np.flatnonzero(g)), reverse=True)
+        assert mine == pytest.approx(sum(1 / propensities[i] for i in first if g[i]) / 3)
+        assert most == pytest.approx(sum(worth[:3]) / 3)
+    assert (earned <= best + 1e-12).all()
+    even = propensity_precision_at(scores, gold, np.ones(40), 3)[0]
+    np.testing.assert_allclose(even, precision_at(scores, gold, 3))
+
+
+def test_macro_f1_leaves_out_labels_that_never_occur():
+    from sklearn.metrics import f1_score
+
+    rng = np.random.default_rng(3)
+    gold = rng.random((100, 20)) < 0.1
+    gold[:, 15:] = False
+    found = rng.random((100, 20)) < 0.2
+    wanted = f1_score(gold[:, :15], found[:, :15], average="macro")
+    assert occurring_macro_f1(found, gold) == pytest.approx(wanted)
+
+
+def test_the_table_counts_what_it_leaves_out():
+    labels = LabelSet(["a", "b", "c", "d"])
+    train = _task("train", [["a"], ["a", "b"], ["c"], []], labels)
+    task = _task("test", [["a"], [], ["b"], ["a", "b"]], labels, {"train": train})
+    scores = task.majority()[["d", "b", "a", "c"]].iloc[::-1] * 0.8  # in another order
+    table = many_label_table(scores, task, ks=(1, 2), resamples=50).set_index("metric")
+    assert table.loc["P@1", ["value", "n", "excluded"]].tolist() == [1, 3, 1]
+    assert table.loc["P@2", "value"] == pytest.approx((1 / 2 + 1 / 2 + 1) / 3)
+    a, b = 1 / label_propensities(train)[["a", "b"]]
+    earned = a + b + (a + b) / 2  # a and b tie for the text that has both
+    assert table.loc["PSP@1", "value"] == pytest.approx(earned / (a + b + b))
+    assert table.loc["macro-F1", ["value", "n", "excluded"]].tolist() == [1, 4, 2]
+    assert (table["low"] <= table["value"]).all() and (table["value"] <= table["high"]).all()
+
+
+def test_the_table_refuses_what_does_not_fit():
+    labels = LabelSet(["a", "b"])
+    task = _task("test", [["a"], ["b"]], labels)
+    scores = pd.DataFrame([[1, 0], [0, 1]], task.ids, list(labels))
+    assert "PSP@1" not in set(many_label_table(scores, task, ks=(1,))["metric"])  # no train split
+    with pytest.raises(ValueError, match="k is 3"):
+        many_label_table(scores, task, ks=(3,))
+    with pytest.raises(ValueError, match="no item 'x'"):
+        many_label_table(scores.rename({"test0": "x"}), task, ks=(1,))
+    with pytest.raises(ValueError, match="propensities has no value of 'b'"):
+        many_label_table(scores, task, ks=(1,), propensities=pd.Series({"a": 1.0}))
+    with pytest.raises(ValueError, match="NaN|nan"):
+        many_label_table(scores.astype(float).mask(scores == 1), task, ks=(1,))
+    with pytest.raises(ValueError, match="least 3|at least three"):
+        label_propensities(task)
