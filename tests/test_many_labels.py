@@ -1,12 +1,18 @@
 "Many labels: metrics of rankings, descriptions of labels, candidates that are read exactly"
 
+import gzip
+import pickle
+
 import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import ndcg_score
 
+from mlc_notebooks.data.label_files import read_label_file
 from mlc_notebooks.data.labels import LabelSet
-from mlc_notebooks.data.texts import AnnotatedTexts
+from mlc_notebooks.data.own_tables import load_table
+from mlc_notebooks.data.prompts import LIST_TEMPLATE, described, list_prompts
+from mlc_notebooks.data.texts import AnnotatedTexts, rename_labels, reorder_labels
 from mlc_notebooks.metrics.many_labels import (
     label_propensities,
     many_label_table,
@@ -16,6 +22,9 @@ from mlc_notebooks.metrics.many_labels import (
     propensity_precision_at,
     recall_at,
 )
+from mlc_notebooks.models.lm import load_lm
+from mlc_notebooks.probing.steps import probe_steps
+from mlc_notebooks.probing.trace import Trace
 
 
 def _task(name, sets, labels, splits=None):
@@ -145,3 +154,73 @@ def test_the_table_refuses_what_does_not_fit():
         many_label_table(scores.astype(float).mask(scores == 1), task, ks=(1,))
     with pytest.raises(ValueError, match="least 3|at least three"):
         label_propensities(task)
+
+
+DESCRIBED = LabelSet(["joy", "fear"], descriptions={"fear": "afraid,\nor {labels} worried"})
+
+
+def test_descriptions_go_where_their_labels_go():
+    task = _task("test", [["joy"]], DESCRIBED)
+    assert reorder_labels(task, ["fear", "joy"]).labels.descriptions == DESCRIBED.descriptions
+    renamed = rename_labels(task, ["gaudium", "metus"]).labels
+    assert renamed.descriptions == {"metus": DESCRIBED.descriptions["fear"]}
+    assert (
+        DESCRIBED == LabelSet(["joy", "fear"]) and len({DESCRIBED, LabelSet(["joy", "fear"])}) == 1
+    )
+    copied = pickle.loads(pickle.dumps(DESCRIBED))
+    assert copied.descriptions == DESCRIBED.descriptions
+
+
+def test_prompts_show_descriptions_on_request_only():
+    plain = list_prompts(["Hm."], LabelSet(["joy", "fear"]))
+    assert list_prompts(["Hm."], DESCRIBED) == plain
+    (shown,) = list_prompts(["Hm."], DESCRIBED, template=described(LIST_TEMPLATE))
+    assert shown.instruction == plain[0].instruction + "fear: afraid, or {labels} worried\n"
+    with pytest.raises(ValueError, match="none has one"):
+        list_prompts(["Hm."], LabelSet(["joy", "fear"]), template=described(LIST_TEMPLATE))
+
+
+def test_a_table_takes_its_labels_and_descriptions_from_a_file(tmp_path):
+    table = tmp_path / "my.csv"
+    table.write_text("text,labels\nI won,joy\nA bear,fear;joy\n")
+    labels = tmp_path / "labels.csv"
+    labels.write_text('name,description\nfear,"afraid,\nor worried"\njoy,\n', encoding="utf-8-sig")
+    task = load_table(table, labels=labels)
+    assert task.labels.names == ("fear", "joy")
+    assert task.labels.descriptions == {"fear": "afraid,\nor worried"}
+    assert task.majority().to_numpy().tolist() == [[0, 1], [1, 1]]
+    gzipped = tmp_path / "labels.csv.gz"
+    gzipped.write_bytes(gzip.compress(labels.read_bytes()))
+    assert read_label_file(gzipped) == task.labels
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("label,meaning\njoy,glad\n", "no column 'name' among \\['label', 'meaning'\\]"),
+        ("name,meaning\njoy,glad\n", "no column 'description'"),
+        ("name,description\njoy,glad\n,afraid\n", "row 2 has no name"),
+        ("name,description\njoy,glad\njoy,happy\n", "labels.csv: labels 'joy' and 'joy'"),
+        ("name,description\njoy,glad,happy\n", "row 1 has more fields"),
+        ("name,description\n", "labels.csv: 0 label"),
+    ],
+)
+def test_a_table_of_labels_that_may_be_misread_is_refused(tmp_path, content, message):
+    path = tmp_path / "labels.csv"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_label_file(path)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return load_lm("smollm2-135m-emotions")
+
+
+def test_a_trace_keeps_descriptions(lm, tmp_path):
+    labels = LabelSet(["joy", "fear"], descriptions={"fear": "afraid"})
+    template = described(LIST_TEMPLATE)
+    trace = probe_steps(lm, ["A bear!"], shots=0, labels=labels, template=template, progress=False)
+    assert "\nfear: afraid\n" in trace.settings["prompt"]
+    trace.save(tmp_path / "kept")
+    assert Trace.load(tmp_path / "kept").labels.descriptions == labels.descriptions

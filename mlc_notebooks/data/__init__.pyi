@@ -13,6 +13,7 @@ from . import tables as tables
 from . import table_files as table_files
 from . import label_cells as label_cells
 from . import exports as exports
+from . import label_files as label_files
 from . import open_tables as open_tables
 from . import table_labels as table_labels
 from . import own_tables as own_tables
@@ -98,6 +99,7 @@ from .exports import argilla_rows as argilla_rows
 from .exports import label_studio_rows as label_studio_rows
 from .exports import prodigy_rows as prodigy_rows
 from .exports import rows_of_export as rows_of_export
+from .label_files import read_label_file as read_label_file
 from .open_tables import OpenTable as OpenTable
 from .open_tables import TableOptions as TableOptions
 from .open_tables import is_blank as is_blank
@@ -139,6 +141,8 @@ from .prompts import UNARY_TEMPLATE as UNARY_TEMPLATE
 from .prompts import UNREADABLE as UNREADABLE
 from .prompts import binary_prompts as binary_prompts
 from .prompts import check_texts as check_texts
+from .prompts import describe_labels as describe_labels
+from .prompts import described as described
 from .prompts import fill as fill
 from .prompts import fold_lines as fold_lines
 from .prompts import list_prompts as list_prompts
