@@ -2,12 +2,24 @@
 
 import gzip
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import ndcg_score
 
+from mlc_notebooks.alignment.candidate_reading import (
+    ANOTHER,
+    ask_candidates,
+    read_candidates,
+)
+from mlc_notebooks.alignment.candidates import (
+    candidate_recall,
+    label_similarity,
+    nearest_labels,
+)
+from mlc_notebooks.alignment.trace_methods import max_over_generations
 from mlc_notebooks.data.label_files import read_label_file
 from mlc_notebooks.data.labels import LabelSet
 from mlc_notebooks.data.own_tables import load_table
@@ -224,3 +236,126 @@ def test_a_trace_keeps_descriptions(lm, tmp_path):
     assert "\nfear: afraid\n" in trace.settings["prompt"]
     trace.save(tmp_path / "kept")
     assert Trace.load(tmp_path / "kept").labels.descriptions == labels.descriptions
+
+
+TOPICS = {
+    "bread": "dough yeast oven",
+    "soup": "broth pot spoon",
+    "fish": "salmon grill lemon",
+    "rice": "grain water steam",
+}
+COOKING = LabelSet(list(TOPICS), descriptions={"bread": TOPICS["bread"], "fish": TOPICS["fish"]})
+WORDS = sorted({word for text in TOPICS.values() for word in [*text.split(), *TOPICS, "other"]})
+
+
+def _bag_of_words(texts):
+    "An encoder that counts words: similarity can be worked out by hand."
+    return np.array([[0.1] + [text.split().count(word) for word in WORDS] for text in texts])
+
+
+def _cooking():
+    train = _task("train", [["bread"], ["soup", "fish"], ["rice"]], COOKING)
+    train = replace(train, texts=("oven dough", "pot lemon", "steam steam"))
+    task = _task("test", [["bread"], ["soup", "fish"], []], COOKING, {"train": train})
+    return replace(task, texts=("yeast in the oven", "a lemon and a spoon", "Oven  DOUGH"))
+
+
+def test_similarity_is_the_cosine_with_names_and_nearest_examples():
+    task = _cooking()
+    near = {
+        by: label_similarity(task, by=by, encoder=_bag_of_words) for by in ("names", "examples")
+    }
+
+    def cosine(first, second):
+        a, b = _bag_of_words([first, second])
+        return a @ b / np.sqrt(a @ a * (b @ b))
+
+    names = near["names"]
+    wanted = cosine(task.texts[1], "fish: salmon grill lemon")  # with its description
+    assert names.loc["test1", "fish"] == pytest.approx(wanted)
+    assert names.loc["test1", "soup"] == pytest.approx(cosine(task.texts[1], "soup"))
+    examples = near["examples"]
+    assert examples.loc["test1", "soup"] == pytest.approx(cosine(task.texts[1], "pot lemon"))
+    assert (examples["bread"] == -1).all()  # its only example is also a text under test
+    ranks = 1 / (60 + names.rank(axis=1, ascending=False))
+    ranks += 1 / (60 + examples.rank(axis=1, ascending=False))
+    both = label_similarity(task, encoder=_bag_of_words)
+    np.testing.assert_allclose(both, ranks)
+
+
+def test_candidates_and_their_recall():
+    task = _cooking()
+    near = label_similarity(task, by="names", encoder=_bag_of_words)
+    chosen = nearest_labels(near, 2)
+    assert chosen.sum(axis=1).tolist() == [2, 2, 2]
+    assert chosen.loc["test0", "bread"] == 1 and chosen.loc["test1", "fish"] == 1
+    table = candidate_recall(near, task, ks=(1, 4)).set_index("k")
+    assert table.loc[4, ["recall", "n", "excluded"]].tolist() == [1, 2, 1]
+    assert nearest_labels(near * 0, 3).iloc[0].tolist() == [1, 1, 1, 0]  # ties in label order
+    with pytest.raises(ValueError, match="no train split|no examples"):
+        label_similarity(["Hm."], COOKING, by="examples", encoder=_bag_of_words)
+
+
+def test_candidates_are_read_as_probe_steps_reads_them(lm):
+    task = _cooking()
+    chosen = nearest_labels(label_similarity(task, encoder=_bag_of_words), 2)
+    shown = [("Boil it.", ["soup"]), ("Water and grain.", ["rice", "bread"])]
+    reading = read_candidates(lm, task, chosen.iloc[::-1], shown, progress=False)
+    for item, text, row in zip(task.ids, task.texts, chosen.to_numpy()):
+        own = LabelSet([*COOKING.chosen(row), ANOTHER])
+        pairs = []
+        for shown_text, names in shown:
+            listed = [name for name in names if name in own]
+            pairs.append((shown_text, listed + [ANOTHER] * (len(listed) < len(names))))
+        trace = probe_steps(lm, [text], 0, labels=own, demonstrations=pairs, progress=False)
+        wanted = max_over_generations(trace).iloc[0]
+        np.testing.assert_allclose(
+            reading.probs.loc[item, list(own)[:-1]], wanted.iloc[:-1], atol=1e-4
+        )
+        assert reading.another[item] == pytest.approx(wanted[ANOTHER], abs=1e-4)
+    marginals = reading.marginals()
+    outside = marginals.to_numpy()[reading.read.to_numpy() == 0].reshape(3, -1)
+    np.testing.assert_allclose(outside.sum(axis=1), reading.another)
+    assert (reading.marginals("zero") <= marginals).all(axis=None)
+
+
+def test_candidates_are_asked_about_one_by_one(lm):
+    task = _cooking()
+    chosen = nearest_labels(label_similarity(task, encoder=_bag_of_words), 2)
+    asked = ask_candidates(lm, task, chosen, progress=False)
+    alone = ask_candidates(lm, task.select([1]), chosen.loc[["test1"]], progress=False)
+    np.testing.assert_allclose(asked.probs.loc["test1"], alone.probs.loc["test1"], atol=1e-4)
+    assert ((asked.probs > 0) == (chosen == 1)).all(axis=None)
+    assert asked.another.isna().all()
+
+
+def test_a_reading_of_candidates_goes_on_where_it_was_stopped(lm, tmp_path, monkeypatch):
+    task = _cooking()
+    chosen = nearest_labels(label_similarity(task, encoder=_bag_of_words), 2)
+    whole = read_candidates(lm, task, chosen, progress=False, folder=tmp_path / "run")
+    monkeypatch.setattr(type(lm.model), "forward", None)  # nothing is left to compute
+    again = read_candidates(lm, task, chosen, progress=False, folder=tmp_path / "run")
+    pd.testing.assert_frame_equal(whole.probs, again.probs)
+    with pytest.raises(ValueError, match="other settings"):
+        read_candidates(lm, task, 1 - chosen, progress=False, folder=tmp_path / "run")
+
+
+def test_a_reading_refuses_what_does_not_fit_before_the_model_runs(lm, monkeypatch):
+    task = _cooking()
+    chosen = nearest_labels(label_similarity(task, encoder=_bag_of_words), 2)
+    monkeypatch.setattr(type(lm.model), "forward", None)
+    for candidates, message in (
+        (chosen.iloc[:2], "not those of the 3 texts"),
+        (chosen * 0, "'test0' has no candidates"),
+        (chosen * 2, "give 0 or 1"),
+        (chosen.drop(columns="rice"), "no column 'rice'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_candidates(lm, task, candidates, progress=False)
+    with pytest.raises(ValueError, match="method is 'marginals'"):
+        read_candidates(lm, task, chosen, method="marginals", progress=False)
+    with pytest.raises(ValueError, match="which is a label of"):
+        read_candidates(lm, task, chosen, another="soup", progress=False)
+    long = replace(task, texts=(*task.texts[:2], "word " * 9000))
+    with pytest.raises(ValueError, match="item 'test2': its prompt of"):
+        read_candidates(lm, long, chosen, progress=False)

@@ -145,6 +145,7 @@ from .prompts import describe_labels as describe_labels
 from .prompts import described as described
 from .prompts import fill as fill
 from .prompts import fold_lines as fold_lines
+from .prompts import is_for_all as is_for_all
 from .prompts import list_prompts as list_prompts
 from .prompts import name_labels as name_labels
 from .prompts import unary_prompts as unary_prompts
@@ -155,3 +156,4 @@ from .demonstrations import draw_demonstrations as draw_demonstrations
 from .demonstrations import similar_demonstrations as similar_demonstrations
 from .demonstrations import unary_demonstrations as unary_demonstrations
 from .demonstrations import unary_demonstrations_for as unary_demonstrations_for
+from .demonstrations import unit_vectors as unit_vectors

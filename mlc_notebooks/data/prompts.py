@@ -6,8 +6,8 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/data/prompts.html.md"""
 
 # %% auto #0
 __all__ = ['UNREADABLE', 'LIST_TEMPLATE', 'SINGLE_TEMPLATE', 'UNARY_TEMPLATE', 'BINARY_TEMPLATE', 'fold_lines', 'fill',
-           'check_texts', 'Template', 'name_labels', 'described', 'describe_labels', 'Prompt', 'list_prompts',
-           'unary_prompts', 'binary_prompts']
+           'check_texts', 'Template', 'name_labels', 'described', 'describe_labels', 'Prompt', 'is_for_all',
+           'list_prompts', 'unary_prompts', 'binary_prompts']
 
 # %% ../../nbs/data/09_prompts.ipynb #a61ceeb0
 import json
@@ -115,7 +115,7 @@ BINARY_TEMPLATE = Template(
     before_answer=" ",
 )
 
-# %% ../../nbs/data/09_prompts.ipynb #f583057e
+# %% ../../nbs/data/09_prompts.ipynb #be3792ca
 def described(template: Template) -> Template:
     "The template of lists or unary questions, which after its instruction describes the labels."
     return replace(template, instruction=template.instruction + "{label_descriptions}\n")
@@ -201,7 +201,7 @@ def _shown_in_lists(
     return tuple(shown)
 
 
-def _is_for_all(demonstrations: Sequence) -> bool:
+def is_for_all(demonstrations: Sequence) -> bool:
     "Whether these are pairs (text, labels), and not one list of pairs per text."
     if not demonstrations:
         return True
@@ -214,7 +214,7 @@ def _shown_to_each(
 ) -> list[tuple[tuple[str, str], ...]]:
     "What is shown before each of so many texts."
     demonstrations = check_listed("demonstrations", demonstrations)
-    if _is_for_all(demonstrations):
+    if is_for_all(demonstrations):
         return [_shown_in_lists(demonstrations, labels, fmt, template)] * texts
     if len(demonstrations) != texts:
         raise ValueError(f"{len(demonstrations)} lists of demonstrations for {texts} texts")
