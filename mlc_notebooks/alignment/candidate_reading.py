@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/candidate_reading.
 # %% auto #0
 __all__ = ['ANOTHER', 'CANDIDATE_TEMPLATE', 'CandidateReading', 'read_candidates', 'ask_candidates']
 
-# %% ../../nbs/alignment/09c_candidate_reading.ipynb #90c2344b
+# %% ../../nbs/alignment/09c_candidate_reading.ipynb #b8a6fd76
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ from ..models.lm import LM
 from ..probing.asking import ListQuestions, ask_for_lists, list_settings
 from ..probing.steps import probe_steps
 
-# %% ../../nbs/alignment/09c_candidate_reading.ipynb #02267e97
+# %% ../../nbs/alignment/09c_candidate_reading.ipynb #cadc08c2
 ANOTHER = "another label"
 
 
@@ -63,7 +63,7 @@ def _shown_to_each(texts: int, demonstrations: Sequence) -> list[Sequence[tuple]
         raise ValueError(f"{len(demonstrations)} lists of demonstrations for {texts} texts")
     return list(demonstrations)
 
-# %% ../../nbs/alignment/09c_candidate_reading.ipynb #e5c994ab
+# %% ../../nbs/alignment/09c_candidate_reading.ipynb #8b0b827e
 _Question = tuple[AnnotatedTexts, list]  # one text with its own labels, and what is shown before
 
 
@@ -94,7 +94,7 @@ def _questions(
         questions.append((unannotated(*one), shown))
     return questions
 
-# %% ../../nbs/alignment/09c_candidate_reading.ipynb #fdfd97b0
+# %% ../../nbs/alignment/09c_candidate_reading.ipynb #dbc8b8a8
 @dataclass(frozen=True)
 class CandidateReading:
     "The probabilities of the candidates of each text, and of another label."
@@ -124,7 +124,7 @@ def _even(unread: np.ndarray, another: np.ndarray) -> np.ndarray:
     counts = np.maximum(unread.sum(axis=1), 1)
     return unread * (another / counts)[:, None]
 
-# %% ../../nbs/alignment/09c_candidate_reading.ipynb #13a7c61d
+# %% ../../nbs/alignment/09c_candidate_reading.ipynb #b91f2a11
 _READERS = {
     method.__name__: method
     for method in (max_over_generations, compare_to_none, hard, written_probability, path_product)
@@ -151,10 +151,7 @@ def _ask_all(lm: LM, questions: Sequence[_Question], probing: dict) -> ListQuest
     rows = TokenRows(each.rows[0] for each in asked)
     return ListQuestions(asked[0].answer_tokens, prompts, rows, flags)
 
-# %% ../../nbs/alignment/09c_candidate_reading.ipynb #f070fe77
-_TEXTS_PER_BATCH = 16  # of a run in a folder: what a stop may lose
-
-
+# %% ../../nbs/alignment/09c_candidate_reading.ipynb #6223fe87
 def _reading(task: AnnotatedTexts, chosen: np.ndarray, found: list) -> CandidateReading:
     "The values of each text's candidates, the last one of another label, as a table."
     index = pd.Index(task.ids, name="id")
@@ -163,6 +160,29 @@ def _reading(task: AnnotatedTexts, chosen: np.ndarray, found: list) -> Candidate
         row[columns] = values[:-1]
     tables = [pd.DataFrame(values, index, list(task.labels)) for values in (probs, chosen * 1)]
     return CandidateReading(task.labels, *tables, pd.Series([each[-1] for each in found], index))
+
+
+def _worker(lm: LM, questions: Sequence[_Question], reader: Callable, probing: dict) -> Callable:
+    "A function from positions to the values of each text's candidates and of another label."
+
+    def work(positions: list[int]) -> Iterator[np.ndarray]:
+        for position in positions:
+            one, shown = questions[position]
+            trace = probe_steps(lm, one, 0, demonstrations=shown, progress=False, **probing)
+            yield reader(trace).to_numpy()[0]
+
+    return work
+
+
+def _settings(
+    lm: LM, task: AnnotatedTexts, asked: ListQuestions, method: str, probing: dict
+) -> dict:
+    "What decides the numbers of a run, for its folder; what is asked stands in the prompts."
+    how = {key: value for key, value in probing.items() if key not in _ASKING}
+    return list_settings(lm, task, asked, method=method, **how)
+
+# %% ../../nbs/alignment/09c_candidate_reading.ipynb #eff63576
+_TEXTS_PER_BATCH = 16  # of a run in a folder: what a stop may lose
 
 
 def read_candidates(
@@ -188,20 +208,14 @@ def read_candidates(
     questions = _questions(task, chosen, demonstrations, another)
     asked = _ask_all(lm, questions, probing)
 
-    def work(positions: list[int]) -> Iterator[np.ndarray]:
-        for position in positions:
-            one, shown = questions[position]
-            trace = probe_steps(lm, one, 0, demonstrations=shown, progress=False, **probing)
-            yield reader(trace).to_numpy()[0]
-
-    how = {key: value for key, value in probing.items() if key not in _ASKING}
-    settings = list_settings(lm, task, asked, method=name, **how) if folder else None
+    work = _worker(lm, questions, reader, probing)
+    settings = _settings(lm, task, asked, name, probing) if folder else None
     desc = f"reading candidates of {task.name}"
     positions = range(len(task))
     found = in_batches(work, positions, _TEXTS_PER_BATCH, desc, progress, folder, settings)
     return _reading(task, chosen, found)
 
-# %% ../../nbs/alignment/09c_candidate_reading.ipynb #9dce6a2c
+# %% ../../nbs/alignment/09c_candidate_reading.ipynb #3fe20b25
 CANDIDATE_TEMPLATE = Template(
     "Each of the following inputs comes with one of many {label_noun}. "
     "Say whether it is reasonable or unreasonable for the input.\n",
