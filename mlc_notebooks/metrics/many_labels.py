@@ -104,8 +104,8 @@ def label_propensities(
 ) -> pd.Series:
     """How likely each label is written down where it applies (L,), by its frequency in `train`.
 
-    Jain et al. 2016, equation 8 with their constants. Raises `ValueError` for fewer than three
-    texts, and for an A or B that is negative.
+    The model of Jain et al. 2016 (KDD), with their default constants. Raises `ValueError` for
+    fewer than three texts, and for an A or B that is negative.
     """
     check_number("A", A, least=0)
     check_number("B", B, least=0)
