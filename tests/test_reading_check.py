@@ -21,7 +21,7 @@ from mlc_notebooks.metrics import (
     macro_auroc,
     reading_evidence,
 )
-from mlc_notebooks.metrics.reading_check import _verdict, reading_check
+from mlc_notebooks.metrics.verdict import _verdict, reading_check
 from mlc_notebooks.probing import Trace, probe_steps
 from mlc_notebooks.report.cli import _print_reading, mlc_align, mlc_probe
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from rooms import PACKAGE, ROOMS, ROOT, modules, stub
+from rooms import PACKAGE, ROOMS, ROOT, modules, public_names, stub
 
 import mlc_notebooks.all
 
@@ -52,6 +52,15 @@ def test_imports_go_forward_only(room):
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_hands_on_the_public_names_of_its_modules(room):
     assert (PACKAGE / room / "__init__.pyi").read_text(encoding="utf-8") == stub(room)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_name_is_hidden_by_a_module(room):
+    "Once a module is imported, it stands in its room under its name, where a function would be."
+    public = {
+        name for module in modules(room) for name in public_names(PACKAGE / room / f"{module}.py")
+    }
+    assert not public & set(modules(room))
 
 
 def test_every_module_has_its_notebook():

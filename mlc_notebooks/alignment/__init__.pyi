@@ -9,6 +9,8 @@ from . import tree_search as tree_search
 from . import output_tree as output_tree
 from . import averaging as averaging
 from . import methods as methods
+from . import candidates as candidates
+from . import candidate_reading as candidate_reading
 from . import linear as linear
 from . import probe as probe
 from . import probing_layers as probing_layers
@@ -92,6 +94,15 @@ from .averaging import mean_marginals as mean_marginals
 from .methods import METHODS as METHODS
 from .methods import methods_for as methods_for
 from .methods import zero_shot as zero_shot
+from .candidates import candidate_recall as candidate_recall
+from .candidates import label_similarity as label_similarity
+from .candidates import label_texts as label_texts
+from .candidates import nearest_labels as nearest_labels
+from .candidate_reading import ANOTHER as ANOTHER
+from .candidate_reading import CANDIDATE_TEMPLATE as CANDIDATE_TEMPLATE
+from .candidate_reading import CandidateReading as CandidateReading
+from .candidate_reading import ask_candidates as ask_candidates
+from .candidate_reading import read_candidates as read_candidates
 from .linear import Linear as Linear
 from .linear import check_rows as check_rows
 from .linear import check_same_labels as check_same_labels

@@ -15,6 +15,7 @@ from . import spreadsheets as spreadsheets
 from . import table_files as table_files
 from . import label_cells as label_cells
 from . import exports as exports
+from . import label_files as label_files
 from . import open_tables as open_tables
 from . import table_labels as table_labels
 from . import own_tables as own_tables
@@ -108,6 +109,7 @@ from .exports import argilla_rows as argilla_rows
 from .exports import label_studio_rows as label_studio_rows
 from .exports import prodigy_rows as prodigy_rows
 from .exports import rows_of_export as rows_of_export
+from .label_files import read_label_file as read_label_file
 from .open_tables import OpenTable as OpenTable
 from .open_tables import TableOptions as TableOptions
 from .open_tables import is_blank as is_blank
@@ -155,8 +157,11 @@ from .prompts import UNARY_TEMPLATE as UNARY_TEMPLATE
 from .prompts import UNREADABLE as UNREADABLE
 from .prompts import binary_prompts as binary_prompts
 from .prompts import check_texts as check_texts
+from .prompts import describe_labels as describe_labels
+from .prompts import described as described
 from .prompts import fill as fill
 from .prompts import fold_lines as fold_lines
+from .prompts import is_for_all as is_for_all
 from .prompts import list_prompts as list_prompts
 from .prompts import name_labels as name_labels
 from .prompts import unary_prompts as unary_prompts
@@ -169,3 +174,4 @@ from .demonstrations import reachable_share as reachable_share
 from .demonstrations import similar_demonstrations as similar_demonstrations
 from .demonstrations import unary_demonstrations as unary_demonstrations
 from .demonstrations import unary_demonstrations_for as unary_demonstrations_for
+from .demonstrations import unit_vectors as unit_vectors

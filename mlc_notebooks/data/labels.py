@@ -10,8 +10,8 @@ __all__ = ['surface_forms', 'nfc', 'LabelSet']
 # %% ../../nbs/data/00_labels.ipynb #0d898b1f
 import difflib
 import unicodedata
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -114,6 +114,27 @@ def _zeros_and_ones(vector: Iterable[int], length: int) -> np.ndarray:
         raise ValueError(f"{vector!r:.100} is no vector of {length} zeros and ones")
     return vector
 
+# %% ../../nbs/data/00_labels.ipynb #4ece43f3
+_LONGEST_DESCRIPTION = 10_000  # characters
+
+
+def _check_description(name: str, description: str):
+    "Raise `ValueError` or `TypeError` for a description that is empty, too long or no string."
+    check_string(f"the description of {name!r}", description, _LONGEST_DESCRIPTION)
+    if not description.strip():
+        raise ValueError(f"the description of {name!r} is empty: leave it out")
+
+
+def _checked_descriptions(names: tuple[str, ...], given: Mapping[str, str]) -> dict[str, str]:
+    "The descriptions in label order; raises `ValueError` or `TypeError` naming the one at fault."
+    if not isinstance(given, Mapping):
+        raise TypeError(f"descriptions is {given!r:.80}: give a dict, label -> description")
+    for name, description in given.items():
+        if name not in names:
+            raise ValueError(f"descriptions: {_unknown_label(name, names)}")
+        _check_description(name, description)
+    return {name: given[name] for name in names if name in given}
+
 # %% ../../nbs/data/00_labels.ipynb #58d990c4
 @dataclass(frozen=True)
 class LabelSet:
@@ -125,10 +146,13 @@ class LabelSet:
 
     names: tuple[str, ...]  # the labels Y, in the order of prompts and columns
     none: str | None = "none"  # says that no label applies; None: exactly one label applies
+    descriptions: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self):
         object.__setattr__(self, "names", check_listed("labels", self.names))
         _check_labels(self.names, self.none)
+        descriptions = _checked_descriptions(self.names, self.descriptions)
+        object.__setattr__(self, "descriptions", descriptions)
 
     @property
     def is_multi(self) -> bool:
@@ -174,4 +198,15 @@ class LabelSet:
         names = check_listed("labels", names)
         if sorted(names, key=str) != sorted(self.names):
             raise ValueError(f"{list(names)} is no reordering of {list(self.names)}")
-        return LabelSet(names, self.none)
+        return LabelSet(names, self.none, self.descriptions)
+
+    def rename(self, names: Iterable[str]) -> "LabelSet":
+        "The same labels, in order, under other names; raises `ValueError` for more or fewer."
+        names = check_listed("labels", names)
+        if len(names) != len(self):
+            raise ValueError(
+                f"{len(names)} names for the {len(self)} labels {list(self)}: give one for each"
+            )
+        new = dict(zip(self.names, names))
+        descriptions = {new[name]: text for name, text in self.descriptions.items()}
+        return LabelSet(names, self.none, descriptions)

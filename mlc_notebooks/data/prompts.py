@@ -6,13 +6,14 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/data/prompts.html.md"""
 
 # %% auto #0
 __all__ = ['UNREADABLE', 'LIST_TEMPLATE', 'SINGLE_TEMPLATE', 'UNARY_TEMPLATE', 'BINARY_TEMPLATE', 'fold_lines', 'fill',
-           'check_texts', 'Template', 'name_labels', 'Prompt', 'list_prompts', 'unary_prompts', 'binary_prompts']
+           'check_texts', 'Template', 'name_labels', 'described', 'describe_labels', 'Prompt', 'is_for_all',
+           'list_prompts', 'unary_prompts', 'binary_prompts']
 
 # %% ../../nbs/data/09_prompts.ipynb #a61ceeb0
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .answers import AnswerFormat, answer_format
 from .inputs import check_listed, check_string
@@ -74,7 +75,7 @@ class Template:
     Raises `ValueError` where `item` has no place for the text, or a part is too long.
     """
 
-    instruction: str  # may use {labels} and {label_noun}; ends with a newline
+    instruction: str  # may use {labels}, {label_noun}, {label_descriptions}; ends with a newline
     item: str  # uses {text}; unary also {label}, binary {first} and {second}
     before_answer: str = "\n"  # between an item and its answer
 
@@ -114,6 +115,26 @@ BINARY_TEMPLATE = Template(
     before_answer=" ",
 )
 
+# %% ../../nbs/data/09_prompts.ipynb #be3792ca
+def described(template: Template) -> Template:
+    "The template of lists or unary questions, which after its instruction describes the labels."
+    return replace(template, instruction=template.instruction + "{label_descriptions}\n")
+
+
+def describe_labels(labels: LabelSet) -> str:
+    """One line `name: description` for each label that has a description.
+
+    Raises `ValueError` where none has.
+    """
+    if not labels.descriptions:
+        raise ValueError(
+            "the template shows descriptions of labels, but none has one: give them in a "
+            "LabelSet(names, descriptions=...), or in a table of labels with the columns name and "
+            "description"
+        )
+    lines = [f"{name}: {fold_lines(text)}" for name, text in labels.descriptions.items()]
+    return "\n".join(lines)
+
 # %% ../../nbs/data/09_prompts.ipynb #7d6fdbba
 @dataclass(frozen=True)
 class Prompt:
@@ -143,10 +164,15 @@ class Prompt:
         return [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
 
 # %% ../../nbs/data/09_prompts.ipynb #4527c773
-def _instruction(template: Template, names: Sequence[str], label_noun: str) -> str:
-    "The instruction of a prompt about these labels."
+def _instruction(
+    template: Template, names: Sequence[str], label_noun: str, labels: LabelSet
+) -> str:
+    "The instruction of a prompt that names these outcomes of a label set."
     check_string("label_noun", label_noun, most=1000)
-    return fill(template.instruction, labels=name_labels(names), label_noun=label_noun)
+    fields = {"labels": name_labels(names), "label_noun": label_noun}
+    if "{label_descriptions}" in template.instruction:
+        fields["label_descriptions"] = describe_labels(labels)
+    return fill(template.instruction, **fields)
 
 
 def _has_size(row: object, size: int) -> bool:
@@ -175,7 +201,7 @@ def _shown_in_lists(
     return tuple(shown)
 
 
-def _is_for_all(demonstrations: Sequence) -> bool:
+def is_for_all(demonstrations: Sequence) -> bool:
     "Whether these are pairs (text, labels), and not one list of pairs per text."
     if not demonstrations:
         return True
@@ -188,7 +214,7 @@ def _shown_to_each(
 ) -> list[tuple[tuple[str, str], ...]]:
     "What is shown before each of so many texts."
     demonstrations = check_listed("demonstrations", demonstrations)
-    if _is_for_all(demonstrations):
+    if is_for_all(demonstrations):
         return [_shown_in_lists(demonstrations, labels, fmt, template)] * texts
     if len(demonstrations) != texts:
         raise ValueError(f"{len(demonstrations)} lists of demonstrations for {texts} texts")
@@ -209,7 +235,7 @@ def list_prompts(
     fmt.check(labels)
     if template is None:
         template = LIST_TEMPLATE if labels.is_multi else SINGLE_TEMPLATE
-    instruction = _instruction(template, labels.names, label_noun)
+    instruction = _instruction(template, labels.names, label_noun, labels)
 
     texts = check_listed("texts", texts)
     shown = _shown_to_each(len(texts), demonstrations, labels, fmt, template)
@@ -233,7 +259,7 @@ def unary_prompts(
     template: Template = UNARY_TEMPLATE,
 ) -> list[Prompt]:
     "One prompt per outcome: is it `reasonable` or `unreasonable` for the text?"
-    instruction = _instruction(template, labels.outcomes, label_noun)
+    instruction = _instruction(template, labels.outcomes, label_noun, labels)
 
     shown = []
     for shown_text, outcome, answer in _check_size(demonstrations, 3, "a demonstration"):

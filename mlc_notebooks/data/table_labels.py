@@ -24,6 +24,7 @@ from mlc_notebooks.data.label_cells import (
     read_share,
     shared_part,
 )
+from .label_files import read_label_file
 from .labels import LabelSet
 from .open_tables import OpenTable, TableOptions, is_blank, open_table
 
@@ -223,13 +224,12 @@ def _rows_of_columns(table: OpenTable, labels: LabelSet) -> list[dict[str, float
 
 # %% ../../nbs/data/03f_table_labels.ipynb #d96b82c1
 def _given_labels(options: TableOptions) -> LabelSet | None:
-    "A `LabelSet` from one, from names, or from a file with one name per line; None without."
+    "A `LabelSet` from one, from names, or from a file (`data.label_files`); None without."
     labels = options.labels
     if labels is None or isinstance(labels, LabelSet):
         return labels
     if isinstance(labels, (str, Path)):
-        text, _ = decoded(Path(labels).read_bytes(), str(labels), options.encoding)
-        labels = [line.strip() for line in text.splitlines() if line.strip()]
+        return read_label_file(labels, options.none, options.encoding)
     return LabelSet(labels, options.none)
 
 

@@ -11,7 +11,8 @@ from . import phenomenon as phenomenon
 from . import experiments as experiments
 from . import demonstration_labels as demonstration_labels
 from . import evidence as evidence
-from . import reading_check as reading_check
+from . import verdict as verdict
+from . import many_labels as many_labels
 from .statistics import bootstrap as bootstrap
 from .statistics import bootstrap_mean as bootstrap_mean
 from .statistics import bootstrap_means as bootstrap_means
@@ -86,5 +87,12 @@ from .demonstration_labels import vary_demonstration_labels as vary_demonstratio
 from .evidence import Finding as Finding
 from .evidence import answer_names as answer_names
 from .evidence import reading_evidence as reading_evidence
-from .reading_check import ReadingCheck as ReadingCheck
-from .reading_check import reading_check as reading_check
+from .verdict import ReadingCheck as ReadingCheck
+from .verdict import reading_check as reading_check
+from .many_labels import label_propensities as label_propensities
+from .many_labels import many_label_table as many_label_table
+from .many_labels import ndcg_at as ndcg_at
+from .many_labels import occurring_macro_f1 as occurring_macro_f1
+from .many_labels import precision_at as precision_at
+from .many_labels import propensity_precision_at as propensity_precision_at
+from .many_labels import recall_at as recall_at

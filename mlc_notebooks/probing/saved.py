@@ -38,6 +38,8 @@ def write_trace(
 ) -> None:
     "Nothing; the folder then holds these, in the files of the table above."
     header = {"labels": list(labels), "none": labels.none, "settings": json_settings(settings)}
+    if labels.descriptions:
+        header["descriptions"] = labels.descriptions
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "trace.json").unlink(missing_ok=True)  # until all of it is there again
     write_whole(folder / "trace.parquet", tidy.to_parquet(index=False))
@@ -62,7 +64,8 @@ def _read_header(folder: Path) -> tuple[LabelSet, dict]:
         raise FileNotFoundError(f"{folder} holds no trace: there is no trace.json")
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
-        labels = LabelSet(list(header["labels"]), header["none"])
+        descriptions = header.get("descriptions", {})
+        labels = LabelSet(list(header["labels"]), header["none"], descriptions)
         settings = json_settings(header["settings"])
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise _damaged(path, error) from None

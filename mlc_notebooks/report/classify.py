@@ -171,7 +171,7 @@ def _flags(trace, classifier) -> dict[str, tuple[str, ...]]:
 
 def _reading(task, classifier, trace):
     "Whether the model reads; labels of texts that were examples prove nothing and do not count."
-    from mlc_notebooks.metrics.reading_check import reading_check
+    from mlc_notebooks.metrics.verdict import reading_check
 
     shown = _shown_items(trace, classifier)
     annotations = [

@@ -149,7 +149,7 @@ def _probe_and_report(args: argparse.Namespace) -> None:
     tasks = _tasks(args, ["goemotions", "brighter-eng"], 64, "main")
     check_out(args.out)
 
-    from mlc_notebooks.metrics.reading_check import reading_check
+    from mlc_notebooks.metrics.verdict import reading_check
     from mlc_notebooks.report.page import trace_folders, write_report
     from mlc_notebooks.report.summary import run_summary
 
@@ -245,7 +245,7 @@ def _align_and_save(args: argparse.Namespace) -> None:
 
     from mlc_notebooks.alignment.methods import zero_shot
     from mlc_notebooks.metrics.comparison import align_report
-    from mlc_notebooks.metrics.reading_check import reading_check
+    from mlc_notebooks.metrics.verdict import reading_check
     from mlc_notebooks.probing.steps import probe_steps
 
     lm = load_model(args)

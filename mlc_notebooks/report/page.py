@@ -23,7 +23,7 @@ from ..data.files import safe_name, write_whole
 from ..data.markup import fill_html, html_code, html_json, html_table, script_policy
 from ..data.texts import AnnotatedTexts, annotated
 from ..metrics.phenomenon import phenomenon_table
-from ..metrics.reading_check import ReadingCheck, reading_check
+from ..metrics.verdict import ReadingCheck, reading_check
 from ..probing.trace import Trace
 from .chart import chart_scripts, steps_chart
 from .fonts import fonts_for, fonts_to_install
