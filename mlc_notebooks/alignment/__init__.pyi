@@ -31,6 +31,7 @@ from .calibration import log_odds as log_odds
 from .calibration import step_prior as step_prior
 from .conformal import conformal_sets as conformal_sets
 from .conformal import set_metrics as set_metrics
+from .registry import LOG_RATIO_METHODS as LOG_RATIO_METHODS
 from .registry import Method as Method
 from .registry import OLD_NAMES as OLD_NAMES
 from .registry import SINGLE_LABEL_METHODS as SINGLE_LABEL_METHODS
