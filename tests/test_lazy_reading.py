@@ -13,7 +13,7 @@ from mlc_notebooks.engine import PackedTree, SettingsChanged
 from mlc_notebooks.metrics import judged
 from mlc_notebooks.models.tokens import Form
 from mlc_notebooks.probing import Trace, probe_steps, steps
-from mlc_notebooks.probing.lazy import PartialReading, TrieArrays, to_read
+from mlc_notebooks.probing.lazy import PartialReading, TrieArrays, to_read, totals_of
 from mlc_notebooks.probing.reading import FormTrie
 
 TOLERANCE = 1e-4
@@ -78,7 +78,7 @@ def test_the_bound_holds_after_every_round(seed):
 
     rounds = 0
     while True:
-        totals = partial.totals()
+        totals = totals_of(partial)
         scale = np.exp(totals.scale)
         assert (totals.found * scale <= true + 1e-9).all()
         assert (true <= (totals.found + totals.most) * scale + 1e-9).all()
@@ -106,7 +106,7 @@ def test_a_label_of_thousands_of_nats_is_read():
     partial.take(np.array([0]), rows[:1])
     while len(wanted := to_read(partial, 1e-4)):
         partial.take(wanted, rows[wanted])
-    totals = partial.totals()
+    totals = totals_of(partial)
     assert totals.scale == -1800
     assert totals.prob.tolist() == [0, 1]
 

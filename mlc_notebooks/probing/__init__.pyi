@@ -18,6 +18,8 @@ from .lazy import PartialReading as PartialReading
 from .lazy import Totals as Totals
 from .lazy import TrieArrays as TrieArrays
 from .lazy import to_read as to_read
+from .lazy import totals_of as totals_of
+from .lazy import usual_completion as usual_completion
 from .decoding import Decoded as Decoded
 from .decoding import NEAR_TIE as NEAR_TIE
 from .decoding import free_decoder as free_decoder
