@@ -3,6 +3,7 @@ size.
 
     make growth                                      # a table and a figure in runs/benchmark
     .venv/bin/python benchmarks/growth.py --small    # the same in about three minutes, to try it
+    .venv/bin/python benchmarks/growth.py --sweeps readings    # only what exact reading costs
 
 Every point is a process of its own, which loads the model and probes once; time is that of
 `probe_steps`, memory the peak of the process, imports and loading included.
@@ -35,6 +36,13 @@ SWEEPS = {
     "shots": (0, 5, 10, 20, 40),
 }
 SMALL = {"texts": (16, 64), "labels": (4, 25), "shots": (0, 10)}
+READINGS = {  # on the same texts: the two readings, and exact without a tolerance
+    "first_token": {"reading": "first_token"},
+    "exact": {"reading": "exact"},
+    "everything": {"reading": "exact", "tolerance": 0},
+}
+READ_LABELS = {7: 64, 200: 16, 1000: 16}  # how many texts with so many labels
+GOALS = {7: 1.3, 200: 3.0}  # times first_token
 AXES = {
     "texts": "texts",
     "labels": "labels (exact reading)",
@@ -108,7 +116,8 @@ def measure(point: dict) -> dict:
     )
     probe_steps(lm, ["warm up", "warmer"], 0, labels=["yes", "no"], progress=False)
     counter, started = TokenCounter(lm.model), time.perf_counter()
-    trace = probe_steps(lm, task, point["shots"], reading=point["reading"], progress=False)
+    how = {"reading": point["reading"], "tolerance": point.get("tolerance", 1e-4)}
+    trace = probe_steps(lm, task, point["shots"], **how, collisions="warn", progress=False)
     seconds = time.perf_counter() - started
     weights = sum(parameter.numel() for parameter in lm.model.parameters())
     return {
@@ -120,6 +129,7 @@ def measure(point: dict) -> dict:
         "tokens_a_text": counter.take() / len(task),
         "steps_a_text": len(trace.steps) / len(task),
         "peak_mb": peak_megabytes(),
+        "largest_bound": 0.0 if trace.bounds is None else float(trace.bounds.max()),
     }
 
 
@@ -136,6 +146,44 @@ def in_own_process(point: dict) -> dict | None:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def reading_points(small: bool) -> list[tuple[str, dict]]:
+    "(sweep, point) of both readings of few and of many labels."
+    counts = {7: 16, 50: 4} if small else READ_LABELS
+    found = []
+    for labels, texts in counts.items():
+        for name, how in READINGS.items():
+            if name == "everything" and labels > 200:
+                continue  # minutes per text
+            point = {**USUAL, "labels": labels, "texts": texts, **how}
+            found.append(("readings", point))
+    return found
+
+
+def reading_ratios(table: pd.DataFrame) -> pd.DataFrame:
+    "Exact over first_token: seconds and tokens, by dtype and number of labels."
+    rows = []
+    table = table[table["sweep"] == "readings"]
+    for (dtype, labels), part in table.groupby(["dtype", "labels"], sort=False):
+        first = part[part["reading"] == "first_token"].iloc[0]
+        for _, point in part[part["reading"] == "exact"].iterrows():
+            rows.append(
+                {
+                    "dtype": dtype,
+                    "labels": labels,
+                    "texts": point["texts"],
+                    "read": "everything" if point["tolerance"] == 0 else "to within 1e-4",
+                    "seconds_a_text": point["seconds_a_text"],
+                    "first_token": first["seconds_a_text"],
+                    "ratio": point["seconds_a_text"] / first["seconds_a_text"],
+                    "ratio_of_tokens": point["tokens_a_text"] / first["tokens_a_text"],
+                    "goal": np.nan if point["tolerance"] == 0 else GOALS.get(labels, np.nan),
+                    "peak_mb": point["peak_mb"],
+                    "line_mb": 1.5 * point["weights_mb"] + 700,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
 def points(small: bool) -> list[tuple[str, dict]]:
     "(sweep, point) of all that is measured; models that are not in the cache are left out."
     sweeps = SMALL if small else SWEEPS
@@ -149,9 +197,10 @@ def points(small: bool) -> list[tuple[str, dict]]:
         for value in values
     ]
     here = [name for name in WHEEL_MODELS if (cache_folder() / name / "config.json").exists()]
-    return found + [
+    found += [
         ("model", {**usual, "texts": 16, "model": name}) for name in (here[:1] if small else here)
     ]
+    return found + reading_points(small)
 
 
 def draw(table: pd.DataFrame, path: Path):
@@ -198,6 +247,9 @@ if __name__ == "__main__":
     parser.add_argument(
         "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"]
     )
+    parser.add_argument(
+        "--sweeps", nargs="+", default=[*AXES, "readings"], choices=[*AXES, "readings"]
+    )
     parser.add_argument("--out", type=Path, default=HERE.parent / "runs" / "benchmark")
     parser.add_argument(
         "--record", action="store_true", help="also copy table and figure to benchmarks/recorded"
@@ -209,15 +261,24 @@ if __name__ == "__main__":
         sys.exit()
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for (sweep, point), dtype in tqdm(
-        [*product(points(arguments.small), arguments.dtypes)], desc="points"
-    ):
+    wanted = [one for one in points(arguments.small) if one[0] in arguments.sweeps]
+    for (sweep, point), dtype in tqdm([*product(wanted, arguments.dtypes)], desc="points"):
         if row := in_own_process({**point, "dtype": dtype}):
             rows.append({"sweep": sweep, **row})
             pd.DataFrame(rows).to_csv(arguments.out / "growth.csv", index=False)
-    draw(pd.DataFrame(rows), arguments.out / "growth.png")
-    print(pd.DataFrame(rows).to_string(index=False))
+    table = pd.DataFrame(rows)
+    print(table.to_string(index=False))
+    files = ["growth.csv"]
+    if set(AXES) <= set(arguments.sweeps):
+        draw(table, arguments.out / "growth.png")
+        files.append("growth.png")
+    if "readings" in arguments.sweeps:
+        ratios = reading_ratios(table)
+        ratios.to_csv(arguments.out / "growth_readings.csv", index=False)
+        print(ratios.round(3).to_string(index=False))
+        files.append("growth_readings.csv")
     if arguments.record:
         (HERE / "recorded").mkdir(exist_ok=True)
-        for name in ("growth.csv", "growth.png"):
-            shutil.copy(arguments.out / name, HERE / "recorded")
+        for name in files:
+            if name != "growth.csv" or "growth.png" in files:  # a part replaces no whole
+                shutil.copy(arguments.out / name, HERE / "recorded")

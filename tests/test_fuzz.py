@@ -607,7 +607,8 @@ ways = st.fixed_dictionaries(
 def probe(lm, task, **options):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "these share a first token")
-        return probe_steps(lm, task, shots=0, collisions="warn", progress=False, **options)
+        how = dict(shots=0, collisions="warn", tolerance=0, progress=False)
+        return probe_steps(lm, task, **{**how, **options})
 
 
 @examples(12)

@@ -46,6 +46,7 @@ def test_batches_and_order_change_nothing(tuned_lm, task, decoding, reading):
     by_length = sorted(range(len(task)), key=lambda i: len(task.texts[i]))
     six = task.select(by_length[1::2])
     ask = dict(demonstrations=SHOWN, decoding=decoding, reading=reading, progress=False)
+    ask |= dict(tolerance=0)
 
     whole = probe_steps(tuned_lm, six, **ask)
     assert len(set(whole.steps["prompt_tokens"])) >= 4
@@ -87,7 +88,7 @@ def test_guided_writes_what_free_writes(tuned_lm, task):
 )
 @pytest.mark.parametrize("decoding", ["free", "guided"])
 def test_other_ways_to_ask_agree_with_their_twin(tuned_lm, task, options, decoding):
-    ask = dict(demonstrations=SHOWN, decoding=decoding, progress=False, **options)
+    ask = dict(demonstrations=SHOWN, decoding=decoding, tolerance=0, progress=False, **options)
     few = task.select(range(1))
     trace = probe_steps(tuned_lm, few, **ask)
     assert_same(trace, probe_steps(tuned_lm, few, **ask, no_cache=True))
@@ -96,8 +97,10 @@ def test_other_ways_to_ask_agree_with_their_twin(tuned_lm, task, options, decodi
 
 def test_demonstrations_of_ones_own_for_each_text(tuned_lm, task):
     few = task.select(range(3))
-    shared = probe_steps(tuned_lm, few, demonstrations=SHOWN, progress=False)
-    assert_same(probe_steps(tuned_lm, few, demonstrations=[SHOWN] * 3, progress=False), shared)
+    shared = probe_steps(tuned_lm, few, demonstrations=SHOWN, tolerance=0, progress=False)
+    assert_same(
+        probe_steps(tuned_lm, few, demonstrations=[SHOWN] * 3, tolerance=0, progress=False), shared
+    )
     with pytest.raises(ValueError, match="2 lists of demonstrations for 3 texts"):
         probe_steps(tuned_lm, few, demonstrations=[SHOWN] * 2, progress=False)
 
@@ -133,6 +136,7 @@ def test_exact_is_the_obvious_sum(base_lm, next_logprobs, fmt, names, none):
         labels=labels,
         fmt=fmt,
         decoding="guided",
+        tolerance=0,
         progress=False,
     )
     tokens = AnswerTokens(base_lm, labels, fmt)
@@ -161,13 +165,12 @@ def test_exact_knows_a_label_from_its_beginning(base_lm, next_logprobs):
 
 def test_an_architecture_that_cannot_be_packed_falls_back(base_lm, monkeypatch):
     "With the verdict set to no, the plain tree answers, with a warning; the results are the same."
-    packed = probe_steps(base_lm, ["It rained."], shots=0, labels=["joy", "fear"], progress=False)
+    ask = dict(shots=0, labels=["joy", "fear"], tolerance=0, progress=False)
+    packed = probe_steps(base_lm, ["It rained."], **ask)
     monkeypatch.setitem(BACKENDS, base_lm.model, Backend(packs=False))
     with pytest.warns(UserWarning, match="every prompt is computed on its own"):
         assert isinstance(prompt_tree(base_lm), PlainTree)
-        plain = probe_steps(
-            base_lm, ["It rained."], shots=0, labels=["joy", "fear"], progress=False
-        )
+        plain = probe_steps(base_lm, ["It rained."], **ask)
     assert_same(plain, packed)
     assert (packed.settings["packed"], plain.settings["packed"]) == (True, False)
 

@@ -204,7 +204,8 @@ def written_by(write, tokenizer, answer, chat=False, **options):
     ids = lm.encode_prompt(prompt, chat)
     script = tokenizer(answer, add_special_tokens=False).input_ids
     lm = write(len(ids), [*script, tokenizer.eos_token_id])
-    trace = probe_steps(lm, ["Hm."], labels=LABELS, shots=0, chat=chat, progress=False, **options)
+    how = dict(labels=LABELS, shots=0, chat=chat, tolerance=0, progress=False)
+    trace = probe_steps(lm, ["Hm."], **how, **options)
     return lm, ids, script, trace
 
 
@@ -354,7 +355,7 @@ def test_an_answer_goes_on_where_the_prompt_ends(small_lm, fmt, labels):
 )
 def test_the_reading_is_that_of_the_joint_text(small_lm, fmt, decoding, next_logprobs):
     lm = small_lm
-    options = dict(labels=LABELS, shots=0, fmt=fmt, decoding=decoding, progress=False)
+    options = dict(labels=LABELS, shots=0, fmt=fmt, decoding=decoding, tolerance=0, progress=False)
     trace = probe_steps(lm, ["I like it."], **options)
     assert "boundary_merged" not in trace.items["flags"].iloc[0]
     tokens = AnswerTokens(lm, LABELS, fmt)
@@ -378,7 +379,7 @@ def test_the_reading_is_that_of_the_joint_text(small_lm, fmt, decoding, next_log
 
 
 def test_the_output_tree_and_plain_passes_agree(small_lm):
-    options = dict(labels=LABELS, shots=0, decoding="guided", progress=False)
+    options = dict(labels=LABELS, shots=0, decoding="guided", tolerance=0, progress=False)
     trace = probe_steps(small_lm, ["I like it."], **options)
     twin = probe_steps(small_lm, ["I like it."], no_cache=True, **options)
     np.testing.assert_allclose(trace.logprobs, twin.logprobs, atol=1e-3)

@@ -45,6 +45,7 @@ from .conformal import check_enough as check_enough
 from .conformal import conformal_limit as conformal_limit
 from .conformal import conformal_sets as conformal_sets
 from .conformal import set_metrics as set_metrics
+from .registry import LOG_RATIO_METHODS as LOG_RATIO_METHODS
 from .registry import Method as Method
 from .registry import OLD_NAMES as OLD_NAMES
 from .registry import SINGLE_LABEL_METHODS as SINGLE_LABEL_METHODS

@@ -236,8 +236,9 @@ def divide_prior(trace: Trace, prior: np.ndarray | None = None) -> Trace:
 
     prior: (steps, L + 1), the last row serves all later steps; None: the trace's own `step_prior`
     (batch calibration). Log-probabilities are renormalised over the outcomes. What is 0 in all
-    texts stays 0. Raises `ValueError` for a prior of another shape, and naming a value that is not
-    above 0.
+    texts stays 0. Unlikely labels count as much as likely ones here, so give a trace that was read
+    in full (`probe_steps(..., tolerance=0)`). Raises `ValueError` for a prior of another shape, and
+    naming a value that is not above 0.
     """
     if prior is None:
         prior = np.maximum(step_prior(trace), np.finfo(float).tiny)
@@ -245,7 +246,7 @@ def divide_prior(trace: Trace, prior: np.ndarray | None = None) -> Trace:
     rows = np.minimum(trace.steps["step"].to_numpy() - 1, len(prior) - 1)
     divided = np.log(trace.probs) - np.log(prior[rows])
     total = np.logaddexp.reduce(divided, axis=1, keepdims=True)
-    return replace(trace, logprobs=divided - total)
+    return replace(trace, logprobs=divided - total, bounds=None)
 
 
 def content_free_prior(
@@ -265,5 +266,6 @@ def content_free_prior(
     shown = demonstrations_for(task, shots, seed, multi_share)
     empty = unannotated(texts, task.labels, name="content-free", label_noun=task.label_noun)
     how = {"demonstrations": shown, "decoding": "guided", "progress": False}
+    probing = {"tolerance": 0, **probing}  # a prior is divided by: small values count
     trace = probe_steps(lm, empty, **how, **probing)
     return step_prior(trace)[:1]

@@ -357,7 +357,7 @@ def marginals_calibrated(
     ask = {"seed": seed, "progress": progress}
     if prior is None:
         kept = run_folder(folder, "prior")
-        trace = probe_steps(lm, task, shots, decoding="guided", folder=kept, **ask)
+        trace = probe_steps(lm, task, shots, decoding="guided", tolerance=0, folder=kept, **ask)
         prior = step_prior(trace)
     kept = run_folder(folder, "trees")
     return inclusion_marginals(lm, task, shots, prior=prior, folder=kept, **ask, **options)

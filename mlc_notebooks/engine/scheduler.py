@@ -25,6 +25,8 @@ class Request(NamedTuple):
 
     nodes: list[Node]
     keep: bool = True  # False: they are forgotten as soon as they are read
+    borrow: bool = False  # they are kept until they are given back, or the answer is done
+    over: Sequence[Node] = ()  # borrowed nodes that are given back, since nothing more will grow
 
     @property
     def tokens(self) -> int:
@@ -61,16 +63,19 @@ class _Answer:
     expected: int  # tokens that it is expected to keep
     kept: list[Node] = field(default_factory=list)
     kept_tokens: int = 0
+    borrowed: dict[Node, int] = field(default_factory=dict)  # and how many tokens each has
     result: object = None
 
     @property
     def held(self) -> int:
         "Tokens whose memory it takes."
-        return max(self.expected, self.kept_tokens)
+        return max(self.expected, self.kept_tokens + sum(self.borrowed.values()))
 
     def go_on(self, predictions: list[Prediction]) -> bool:
         "Tell it what it asked for; False if it is done."
-        if self.request.keep:
+        if self.request.borrow:
+            self.borrowed.update((node, len(node.ids)) for node in self.request.nodes)
+        elif self.request.keep:
             self.kept.extend(self.request.nodes)
             self.kept_tokens += self.request.tokens
         try:
@@ -79,6 +84,10 @@ class _Answer:
             self.result = stop.value
             return False
         return True
+
+    def give_back(self, nodes: Iterable[Node]) -> list[Node]:
+        "These nodes, which are borrowed no longer."
+        return [node for node in nodes if self.borrowed.pop(node, None) is not None]
 
 # %% ../../nbs/engine/07_scheduler.ipynb #3a34640b
 class _Schedule:
@@ -121,12 +130,18 @@ class _Schedule:
         return answer
 
     def take_served(self) -> list[_Answer]:
-        "The answers that are served now; those that go on are put back at the end of the line."
+        "The answers that are served now; those that go on are put back in the line."
         at_once = 3 * min(self.tree.tokens_per_pass, self.tree.reads_per_pass)
         sizes = [answer.request.tokens for answer in self.under_way]
         served = next(in_chunks(self.under_way, sizes, at_once))
         self.under_way = self.under_way[len(served) :]
         return served
+
+    def put_back(self, answers: Sequence[_Answer]):
+        "Put answers at the end of the line, and those that borrow nodes at its beginning."
+        first = [answer for answer in answers if answer.request.borrow]
+        others = [answer for answer in answers if not answer.request.borrow]
+        self.under_way = first + self.under_way + others
 
 # %% ../../nbs/engine/07_scheduler.ipynb #68cb10af
 def continuous_batching(
@@ -153,17 +168,21 @@ def continuous_batching(
         predictions = _one_by_one(nodes, tree.compute(nodes, watch))
 
         over = []  # nodes that nobody needs any more
+        going_on = []
         for answer in served:
             asked = answer.request
-            if not asked.keep:
+            if not (asked.keep or asked.borrow):
                 over.extend(asked.nodes)
             if answer.go_on(list(islice(predictions, len(asked.nodes)))):
-                schedule.under_way.append(answer)
+                over.extend(answer.give_back(answer.request.over))
+                going_on.append(answer)
                 continue
             done[answer.number] = answer.result
+            over.extend(answer.borrowed)
             if not keep:
                 over.extend(answer.kept)
         tree.forget(over)
+        schedule.put_back(going_on)
 
         while told in done:
             yield done.pop(told)

@@ -190,4 +190,5 @@ def judged(trace: Trace, task: AnnotatedTexts) -> Trace:
         logprobs=trace.logprobs[kept],
         hidden=None,
         attention=None,
+        bounds=None if trace.bounds is None else trace.bounds[kept],
     )

@@ -1,4 +1,5 @@
 from . import reading as reading
+from . import lazy as lazy
 from . import decoding as decoding
 from . import saved as saved
 from . import trace as trace
@@ -10,8 +11,16 @@ from .reading import FormTrie as FormTrie
 from .reading import READINGS as READINGS
 from .reading import Step as Step
 from .reading import StepReader as StepReader
+from .reading import check_possible as check_possible
 from .reading import p_go as p_go
 from .reading import read_steps as read_steps
+from .lazy import LazyReader as LazyReader
+from .lazy import PartialReading as PartialReading
+from .lazy import Totals as Totals
+from .lazy import TrieArrays as TrieArrays
+from .lazy import to_read as to_read
+from .lazy import totals_of as totals_of
+from .lazy import usual_completion as usual_completion
 from .decoding import Decoded as Decoded
 from .decoding import NEAR_TIE as NEAR_TIE
 from .decoding import free_decoder as free_decoder

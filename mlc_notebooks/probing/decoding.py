@@ -146,8 +146,12 @@ def _free_step(
         after = found.predictions[end]
 
     if entry.start in boundaries:
-        before = found.predictions[boundaries[entry.start]]
-        return Step(position, before.node, before.logprobs, written, after, flags)
+        begin = boundaries[entry.start]
+        before = found.predictions[begin]
+        spelled = []
+        if end is not None:
+            spelled = list(zip(found.ids[begin:end], found.predictions[begin + 1 : end + 1]))
+        return Step(position, before.node, before.logprobs, written, after, flags, spelled)
     context = Node(start, encode_continuation(lm, found.text[: entry.start]))
     return Step(position, context, None, written, after, flags | {"misaligned"})
 
@@ -204,15 +208,16 @@ def _likeliest(
 
 def _write_label(
     before: Prediction, forms: Sequence[Form], reader: StepReader
-) -> Generator[Request, list[Prediction], tuple[int, Prediction, bool]]:
-    "Writes one of the forms: its outcome, what is predicted after it, whether a tie was near."
+) -> Generator[Request, list[Prediction], tuple[int, list[tuple[int, Prediction]], bool]]:
+    "Writes one of the forms: its outcome, its tokens with what follows, whether a tie was near."
     latest = before
     path = ()
+    spelled = []
     near_tie = False
     while True:
         children, whole = continuations(forms, path)
         if whole and not children:
-            return whole[0].outcome, latest, near_tie
+            return whole[0].outcome, spelled, near_tie
 
         candidates = list(children)
         if whole:
@@ -220,10 +225,11 @@ def _write_label(
         choice, close = _likeliest(latest, candidates, reader)
         near_tie |= close
         if choice not in children:
-            return whole[0].outcome, latest, near_tie
+            return whole[0].outcome, spelled, near_tie
 
         path += (choice,)
         (latest,) = yield Request([Node(latest.node, [choice])])
+        spelled.append((choice, latest))
 
 # %% ../../nbs/probing/01_decoding.ipynb #ba23222a
 def _allowed_forms(answer_tokens: AnswerTokens, written: Sequence[str]) -> list[Form]:
@@ -270,9 +276,11 @@ def guided_decoder(
     while True:
         context = latest
         forms = _allowed_forms(tokens, written)
-        outcome, latest, close = yield from _write_label(context, forms, reader)
+        outcome, spelled, close = yield from _write_label(context, forms, reader)
         name = labels.outcomes[outcome]
-        steps.append(Step(len(written), context.node, context.logprobs, name, latest))
+        latest = spelled[-1][1]
+        step = Step(len(written), context.node, context.logprobs, name, latest, spelled=spelled)
+        steps.append(step)
         written.append(name)
         near_tie |= close
         if name == labels.none or len(written) == len(labels) or not labels.is_multi:

@@ -113,6 +113,13 @@ def _check_numbers(tidy: pd.DataFrame):
         raise ValueError("its column logprob holds what is no log-probability")
     if not np.isfinite(tidy["mass"]).all():
         raise ValueError("its column mass holds NaN or infinity")
+    if "bound" in tidy and not _is_share(tidy["bound"]):
+        raise ValueError("its column bound holds what is no number from 0 to 1")
+
+
+def _is_share(column: pd.Series) -> bool:
+    "Whether these are numbers from 0 to 1."
+    return column.dtype.kind == "f" and bool(column.between(0, 1).all())
 
 # %% ../../nbs/probing/01b_saved.ipynb #6b25720a
 def _read_items(folder: Path) -> pd.DataFrame:
@@ -138,8 +145,11 @@ def _one_per_step(tidy: pd.DataFrame, outcomes: int) -> pd.DataFrame:
 
 def _read_steps(
     folder: Path, items: pd.DataFrame, outcomes: tuple[str, ...]
-) -> tuple[pd.DataFrame, np.ndarray]:
-    "One row per step, and the log-probabilities (steps, outcomes), from the tidy table."
+) -> tuple[pd.DataFrame, np.ndarray, np.ndarray | None]:
+    """One row per step, the log-probabilities and the bounds (steps, outcomes).
+
+    Bounds are None where all was read, and in traces of versions that read everything.
+    """
     path = folder / "trace.parquet"
     tidy = _read_table(path, ("example", "step", "label", "logprob", *STEP_COLUMNS))
     try:
@@ -148,7 +158,9 @@ def _read_steps(
         steps = _one_per_step(tidy, len(outcomes))
     except (ValueError, TypeError) as error:
         raise _damaged(path, error) from None
-    return steps, tidy["logprob"].to_numpy().reshape(len(steps), -1)
+    shape = (len(steps), len(outcomes))
+    bounds = tidy["bound"].to_numpy().reshape(shape) if "bound" in tidy else None
+    return steps, tidy["logprob"].to_numpy().reshape(shape), bounds
 
 # %% ../../nbs/probing/01b_saved.ipynb #5cc3698f
 def _read_array(path: Path, rows: int) -> np.ndarray | None:
@@ -190,7 +202,7 @@ def read_trace(folder: Path) -> dict:
     """
     labels, settings = _read_header(folder)
     items = _read_items(folder)
-    steps, logprobs = _read_steps(folder, items, labels.outcomes)
+    steps, logprobs, bounds = _read_steps(folder, items, labels.outcomes)
     return {
         "labels": labels,
         "items": items,
@@ -199,4 +211,5 @@ def read_trace(folder: Path) -> dict:
         "settings": settings,
         "hidden": _read_array(folder / "hidden.npy", _steps_with_states(steps, settings)),
         "attention": _read_attention(folder, len(steps)),
+        "bounds": bounds,
     }

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.answers import AnswerFormat
-from ..data.checks import check_choice, check_whole
+from ..data.checks import check_choice, check_number, check_whole
 from ..data.labels import LabelSet
 from ..data.prompts import Template
 from ..data.texts import AnnotatedTexts
@@ -40,7 +40,8 @@ from mlc_notebooks.probing.asking import (
 )
 from .decoding import Decoded, free_decoder, guided_decoder
 from .internals import read_states
-from .reading import READINGS, StepReader, read_steps
+from .lazy import LazyReader
+from .reading import READINGS, Step, StepReader, read_steps
 from .saved import STEP_COLUMNS
 from .trace import Trace
 
@@ -69,10 +70,17 @@ class _Probe:
     decoding: str
     hidden: bool | str
     attention: bool
+    lazy_reader: LazyReader | None = None  # None: each step is read in full
 
     @property
     def with_internals(self) -> bool:
         return bool(self.hidden or self.attention)
+
+    def read(self, steps: Sequence[Step]) -> Generator:
+        "A generator that reads the steps of an answer."
+        if self.lazy_reader is None:
+            return read_steps(steps, self.reader)
+        return self.lazy_reader.read_steps(steps)
 
     def answer(self, start: Node, drafts: NgramDrafter) -> Generator:
         "A generator that decodes the answer after `start`, then reads its steps."
@@ -83,7 +91,7 @@ class _Probe:
             limit = answer_tokens.longest_answer
             decoder = free_decoder(lm, answer_tokens, limit, start, drafts)
         decoded = yield from decoder
-        readings = yield from read_steps(decoded.steps, self.reader)
+        readings = yield from self.read(decoded.steps)
         return decoded, readings
 
     def decode(self, positions: Sequence[int], keep: bool) -> Iterator[tuple[Decoded, list[dict]]]:
@@ -196,6 +204,7 @@ def _assemble(
         settings,
         _stack(rows, "hidden"),
         _stack(rows, "attention"),
+        _stack(rows, "bounds"),
     )
 
 # %% ../../nbs/probing/05_steps.ipynb #ca409fd6
@@ -228,7 +237,9 @@ def _new_probe(lm: LM, asked: ListQuestions, how: dict, no_cache: bool) -> _Prob
     "The probe of a run, with its tree."
     tree = prompt_tree(lm, asked.rows.shared, no_cache)
     reader = StepReader(asked.answer_tokens, how["reading"])
-    return _Probe(tree, asked, reader, how["decoding"], how["hidden"], how["attention"])
+    lazy_reader = LazyReader(reader, how["tolerance"]) if how["tolerance"] else None
+    kept = (how["hidden"], how["attention"])
+    return _Probe(tree, asked, reader, how["decoding"], *kept, lazy_reader)
 
 
 def _run(
@@ -280,6 +291,7 @@ def probe_steps(
     seed: int = 0,  # of the demonstrations
     decoding: str = "free",  # "free" or "guided"
     reading: str = "exact",  # "exact" or "first_token"
+    tolerance: float = 1e-4,  # how far a probability may be from the full reading; 0: read it all
     fmt: str | AnswerFormat = "json",  # how a list is written
     demonstrations: Sequence | None = None,  # pairs (text, labels) to show, or a list per text
     multi_share: float | None = 0.5,  # of the drawn demonstrations with several labels
@@ -306,6 +318,7 @@ def probe_steps(
     _check_how(decoding, reading, collisions, hidden, attention, no_cache)
     check_folder(folder)
     seed = check_whole("seed", seed, least=0)
+    tolerance = check_number("tolerance", tolerance, least=0, most=1)
     if batch_size is not None:
         batch_size = check_whole("batch_size", batch_size, least=1)
     asking = dict(seed=seed, fmt=fmt, demonstrations=demonstrations, multi_share=multi_share)
@@ -315,6 +328,7 @@ def probe_steps(
         check_collisions(asked.answer_tokens, collisions)
 
     how = dict(seed=seed, decoding=decoding, reading=reading, chat=chat)
+    how |= dict(tolerance=tolerance if reading == "exact" else 0.0)
     how |= dict(hidden=hidden, attention=attention)
     settings = {**_what_was_asked(lm, task, asked), **how, "multi_share": multi_share}
     return _run(lm, task, asked, how, settings, batch_size, no_cache, folder, progress)

@@ -22,8 +22,13 @@ from .reading import p_go
 from .saved import STEP_COLUMNS, read_trace, write_trace
 
 # %% ../../nbs/probing/02_trace.ipynb #044ab426
-def _tidy(steps: pd.DataFrame, logprobs: np.ndarray, outcomes: tuple[str, ...]) -> pd.DataFrame:
-    "One row per step and outcome, from one row per step and log-probabilities (steps, outcomes)."
+def _tidy(
+    steps: pd.DataFrame,  # one row per step
+    logprobs: np.ndarray,  # (steps, outcomes)
+    outcomes: tuple[str, ...],
+    bounds: np.ndarray | None = None,  # (steps, outcomes)
+) -> pd.DataFrame:
+    "One row per step and outcome."
     probs = softmax(logprobs.astype(float), axis=1)
     tidy = steps.loc[steps.index.repeat(len(outcomes))].reset_index(drop=True)
     tidy.insert(2, "steps", tidy["example"].map(steps["example"].value_counts()))
@@ -33,6 +38,8 @@ def _tidy(steps: pd.DataFrame, logprobs: np.ndarray, outcomes: tuple[str, ...]) 
     tidy.insert(6, "written", tidy["wrote"] == tidy["label"])
     tidy["p_go"] = p_go(tidy["go"], tidy["stop"])
     tidy["flags"] = tidy["flags"].map(" ".join)
+    if bounds is not None:
+        tidy["bound"] = bounds.ravel()
     return tidy
 
 # %% ../../nbs/probing/02_trace.ipynb #0a7eae80
@@ -94,6 +101,7 @@ class Trace:
     settings: dict
     hidden: np.ndarray | None = None  # (kept steps, layers + 1, width), see `states`
     attention: np.ndarray | None = None  # (steps, layers, 3), see `attention_shares`
+    bounds: np.ndarray | None = None  # (steps, L + 1) how far `probs` may be off; None: not at all
 
     def __len__(self):
         return len(self.items)
@@ -108,7 +116,7 @@ class Trace:
 
     def frame(self) -> pd.DataFrame:
         "A tidy table with one row per text, step and outcome."
-        return _tidy(self.steps, self.logprobs, self.labels.outcomes)
+        return _tidy(self.steps, self.logprobs, self.labels.outcomes, self.bounds)
 
     def predictions(self) -> pd.DataFrame:
         "The labels that the model wrote, as 0 or 1 (n, L)."
