@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from .inputs import check_listed
-from .json_lists import WrittenList, has_ended, json_lists
+from .json_parts import WrittenList, has_ended, json_lists
 from .labels import LabelSet, nfc, surface_forms
 from .reasoning import Spoken, spoken
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .encodings import decoded
-from mlc_notebooks.data.label_cells import (
+from mlc_notebooks.data.cells import (
     are_multi_hot,
     hidden_parts,
     is_mark,
