@@ -50,6 +50,7 @@ from .registry import Method as Method
 from .registry import OLD_NAMES as OLD_NAMES
 from .registry import SINGLE_LABEL_METHODS as SINGLE_LABEL_METHODS
 from .registry import check_methods as check_methods
+from .registry import probing_for as probing_for
 from .registry import run_methods as run_methods
 from .registry import zero_shot_method as zero_shot_method
 from .trace_methods import compare_to_none as compare_to_none

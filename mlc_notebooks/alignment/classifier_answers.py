@@ -19,6 +19,7 @@ from sklearn.exceptions import NotFittedError
 from .examples import EXAMPLE_KINDS, Examples
 from .maps import CALIBRATIONS, mapped
 from .methods import METHODS
+from .registry import probing_for
 from .rows import texts_of
 from ..data.checks import check_choice, check_number, check_whole
 from ..data.prompts import LIST_TEMPLATE, SINGLE_TEMPLATE, Template
@@ -118,6 +119,7 @@ class _Answers(ClassifierParameters):
             "template": self._template(),
             "chat": self.chat,
             "long_text": self.long_text,
+            **probing_for([self.method]),
         }
 
     def trace_of(

@@ -6,7 +6,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/registry.html.md""
 
 # %% auto #0
 __all__ = ['METHODS', 'OLD_NAMES', 'SINGLE_LABEL_METHODS', 'LOG_RATIO_METHODS', 'Method', 'zero_shot_method', 'methods_for',
-           'check_methods', 'run_methods']
+           'check_methods', 'probing_for', 'run_methods']
 
 # %% ../../nbs/alignment/02_registry.ipynb #49bec868
 import difflib
@@ -153,7 +153,7 @@ LOG_RATIO_METHODS = (  # unlikely labels count as much in them as likely ones
 )
 
 
-def _read_in_full(names: Sequence[str]) -> dict:
+def probing_for(names: Sequence[str]) -> dict:
     "The options of `probe_steps` that these methods need."
     return {"tolerance": 0} if set(names) & set(LOG_RATIO_METHODS) else {}
 
@@ -187,7 +187,7 @@ def run_methods(
     check_whole("seed", seed, least=0)
     asking = {"shots": shots, "seed": seed, "progress": progress}
     if any(METHODS[name].needs == "trace" for name in names):
-        probing = {**_read_in_full(names), **probing}
+        probing = {**probing_for(names), **probing}
         trace = _trace_for(lm, task, trace, folder, **asking, **probing)
 
     marginals = {}

@@ -251,7 +251,7 @@ def _align_and_save(args: argparse.Namespace) -> None:
     lm = load_model(args)
     with kept_batches(args.out / "batches", args.fresh) as folder:
         shown = dict(shots=args.shots, seed=args.seed, multi_share=_multi_share(task, args.shots))
-        trace = probe_steps(lm, task, folder=folder / "trace", **shown)
+        trace = probe_steps(lm, task, folder=folder / "trace", tolerance=0, **shown)
         marginals = zero_shot(lm, task, names, args.shots, args.seed, trace, folder=folder)
         report = align_report(marginals, task)
         _save_alignment(args.out, marginals, report)
