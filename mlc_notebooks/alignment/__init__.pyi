@@ -1,5 +1,6 @@
 from . import calibration as calibration
 from . import isotonic as isotonic
+from . import pooled as pooled
 from . import conformal as conformal
 from . import registry as registry
 from . import trace_methods as trace_methods
@@ -41,6 +42,7 @@ from .calibration import log_odds as log_odds
 from .calibration import step_prior as step_prior
 from .isotonic import Isotonic as Isotonic
 from .isotonic import fit_isotonic as fit_isotonic
+from .pooled import fit_pooled as fit_pooled
 from .conformal import check_enough as check_enough
 from .conformal import conformal_limit as conformal_limit
 from .conformal import conformal_sets as conformal_sets

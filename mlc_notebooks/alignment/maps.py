@@ -13,8 +13,9 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from .calibration import Platt, fit_platt, fit_temperature, log_odds
+from .calibration import Platt, fit_temperature, log_odds
 from .isotonic import Isotonic, fit_isotonic
+from .pooled import fit_pooled
 from ..data.labels import LabelSet
 from ..data.texts import AnnotatedTexts
 
@@ -23,8 +24,8 @@ _RIDGE = 1.0  # scikit-learn's default for logistic regression
 
 
 def _platt(p: pd.DataFrame, task: AnnotatedTexts) -> Platt:
-    "Slope and intercept per label."
-    return fit_platt(log_odds(p), task, ridge=_RIDGE)
+    "Slope and intercept per label, the slopes pooled."
+    return fit_pooled(log_odds(p), task)
 
 
 def _temperature(p: pd.DataFrame, task: AnnotatedTexts) -> Platt:
