@@ -68,7 +68,8 @@ def test_without_labelled_rows(tmp_path, capsys):
     path = tmp_path / "texts.csv"
     path.write_text("text\nI love it\nHow dare you\n")
     out = tmp_path / "out.jsonl"
-    assert classify("--file", path, "--labels", "joy,anger", "--out", out) == 0
+    tuned = ["--model", "smollm2-135m-emotions"]
+    assert classify("--file", path, "--labels", "joy,anger", "--out", out, *tuned) == 0
     told = capsys.readouterr()
     assert "no row has labels" in told.err and "no examples, not calibrated" in told.out
     rows = [json.loads(line) for line in out.read_text().splitlines()]

@@ -40,7 +40,7 @@ class ClassifierParameters(BaseEstimator):
 
     def __init__(
         self,
-        model: str | LM = "smollm2-135m-emotions",
+        model: str | LM = "smollm2-135m",
         labels: Sequence[str] | None = None,  # None: from y
         none: str | None = "none",  # says that no label applies; None: exactly one label applies
         method: str = "max_over_generations",  # a name in METHODS that reads a trace

@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     kinds = "your own csv, tsv, jsonl, json, parquet or xlsx"
     parser.add_argument("--file", type=some_path, required=True, help=kinds)
     add_file_options(parser)
-    _add_wording(add_asking(parser, model="smollm2-135m-emotions", shots=8))
+    _add_wording(add_asking(parser, model="smollm2-135m", shots=8))
     _add_teaching(parser)
     _add_results(parser)
     return parser
