@@ -182,3 +182,26 @@ def test_other_commands_take_training_rows(command, tickets, tmp_path, capsys):
     new.write_text("ticket_no,message,topics\n1,The button does nothing,bug\n2,Refund,billing\n")
     assert command([str(value) for value in ["--file", new, *READ, *options]]) == 0
     assert "4-shot" in capsys.readouterr().out
+
+
+def test_words_in_place_of_a_model(tickets, capsys):
+    assert classify("--file", tickets, *READ, "--words", "--model", "nowhere") == 0
+    said = capsys.readouterr().out
+    assert "counted in 5 labelled rows" in said and "Rows with each label: billing" in said
+    found = as_text(tickets.with_name("tickets_classified.csv"))
+    assert found["p_login"].astype(float).idxmax() in (1, 3) and set(found["flags"]) == {""}
+
+
+def test_what_flags_mean_is_said(tickets, capsys):
+    assert classify("--file", tickets, *READ, "--shots", 2, "--decoding", "guided") == 0
+    said = capsys.readouterr().out
+    assert "flag shown_as_example, 2 rows: shown with its labels" in said
+    assert "Rows with each label:" in said and "--words counts words instead" in said
+
+
+def test_describe_with_training_rows(tickets, capsys):
+    "Also where the new table has no column of labels."
+    new = tickets.with_name("new.csv")
+    new.write_text("ticket_no,message\n1,The button does nothing\n")
+    assert classify("--file", new, "--train", tickets, *READ, "--describe") == 0
+    assert "splits: test 1, train 5" in capsys.readouterr().out

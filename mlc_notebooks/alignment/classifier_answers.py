@@ -47,6 +47,7 @@ class ClassifierParameters(BaseEstimator):
         shots: int = 8,  # training rows shown as examples; fewer where there are not so many
         examples: str = "per_label",  # which: "random", "per_label" or "similar"
         instruction: str | None = None,  # None: the paper's; {labels} stands for the names
+        decoding: str = "free",  # "guided": the answer is held in the right form
         chat: bool = False,  # ask in the turns of the model's chat template
         long_text: str = "error",  # "truncate": cut the end of texts that do not fit
         calibration: str | None = "platt",  # "temperature", "isotonic" or None
@@ -62,6 +63,7 @@ class ClassifierParameters(BaseEstimator):
         self.shots = shots
         self.examples = examples
         self.instruction = instruction
+        self.decoding = decoding
         self.chat = chat
         self.long_text = long_text
         self.calibration = calibration
@@ -95,6 +97,7 @@ def check_parameters(given: ClassifierParameters) -> None:
     check_whole("shots", given.shots, least=0)
     check_whole("seed", given.seed, least=0)
     check_choice("method", given.method, _readers())
+    check_choice("decoding", given.decoding, ("free", "guided"))
     check_choice("examples", given.examples, EXAMPLE_KINDS)
     if given.calibration is not None:
         check_choice("calibration", given.calibration, tuple(CALIBRATIONS))
@@ -117,6 +120,7 @@ class _Answers(ClassifierParameters):
         return {
             "demonstrations": examples.shown_to(texts),
             "template": self._template(),
+            "decoding": self.decoding,
             "chat": self.chat,
             "long_text": self.long_text,
             **probing_for([self.method]),

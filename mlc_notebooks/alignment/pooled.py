@@ -17,7 +17,10 @@ from ..data.checks import check_number
 from ..data.texts import AnnotatedTexts
 from ..metrics.inputs import check_table
 
-# %% ../../nbs/alignment/00c_pooled.ipynb #dccbdc36
+# %% ../../nbs/alignment/00c_pooled.ipynb #4e6434cb
+_LEAST_SLOPE = 0.05
+
+
 def _with_a_middle_row(x: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "The rows (n + 1, L), the last one at the mean of x with q = 1/2."
     half = np.full((1, q.shape[1]), 0.5)
@@ -25,27 +28,26 @@ def _with_a_middle_row(x: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _unpack(parameters: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-    "The shared slope, and of each label its difference and its intercept."
-    differences, intercepts = np.split(parameters[1:], 2)
-    return parameters[0], differences, intercepts
+    "The shared slope, and of each label its slope and its intercept."
+    slopes, intercepts = np.split(parameters[1:], 2)
+    return parameters[0], slopes, intercepts
 
 
 def _loss(parameters: np.ndarray, x: np.ndarray, q: np.ndarray, ridge: float) -> float:
     "What is minimised; x and q (n, L), parameters (1 + 2 L,)."
-    shared, differences, intercepts = _unpack(parameters)
-    z = (shared + differences) * x + intercepts
+    shared, slopes, intercepts = _unpack(parameters)
+    z = slopes * x + intercepts
     fit = np.logaddexp(0, z) - q * z
-    return float(fit.sum() + ridge / 2 * (differences**2).sum() + shared**2 / 2)
+    return float(fit.sum() + ridge / 2 * ((slopes - shared) ** 2).sum() + shared**2 / 2)
 
 
 def _gradient(parameters: np.ndarray, x: np.ndarray, q: np.ndarray, ridge: float) -> np.ndarray:
     "The gradient of `_loss` (1 + 2 L,)."
-    shared, differences, intercepts = _unpack(parameters)
-    residual = expit((shared + differences) * x + intercepts) - q
-    by_slope = (residual * x).sum(axis=0)
-    return np.concatenate(
-        [[by_slope.sum() + shared], by_slope + ridge * differences, residual.sum(axis=0)]
-    )
+    shared, slopes, intercepts = _unpack(parameters)
+    residual = expit(slopes * x + intercepts) - q
+    pull = ridge * (slopes - shared)
+    by_slope = (residual * x).sum(axis=0) + pull
+    return np.concatenate([[shared - pull.sum()], by_slope, residual.sum(axis=0)])
 
 # %% ../../nbs/alignment/00c_pooled.ipynb #b3a99cd8
 def _minimise(x: np.ndarray, q: np.ndarray, ridge: float) -> np.ndarray:
@@ -54,10 +56,10 @@ def _minimise(x: np.ndarray, q: np.ndarray, ridge: float) -> np.ndarray:
 
     rows, shares = _with_a_middle_row(x, q)
     labels = q.shape[1]
-    start = np.concatenate([[1.0], np.zeros(labels), logit(shares.mean(axis=0))])
-    found = minimize(
-        _loss, start, (rows, shares, ridge), "L-BFGS-B", _gradient, options={"maxiter": 2000}
-    )
+    start = np.concatenate([np.ones(1 + labels), logit(shares.mean(axis=0))])
+    bounds = [(_LEAST_SLOPE, None)] * (1 + labels) + [(None, None)] * labels
+    given = (rows, shares, ridge)
+    found = minimize(_loss, start, given, "L-BFGS-B", _gradient, bounds=bounds)
     if not found.success:
         raise RuntimeError(f"the map was not found ({found.message}): take another calibration")
     return found.x
@@ -66,7 +68,7 @@ def _minimise(x: np.ndarray, q: np.ndarray, ridge: float) -> np.ndarray:
 def fit_pooled(
     log_odds: pd.DataFrame,  # (n, L) by item id, of a calibration split
     task: AnnotatedTexts,  # that has these items, with annotations
-    ridge: float = 10.0,  # on the differences of slopes
+    ridge: float = 10.0,  # on the distances of slopes from the shared one
 ) -> Platt:
     """A `Platt` map whose slopes differ little between labels, fitted to the annotators' shares.
 
@@ -80,5 +82,5 @@ def fit_pooled(
     if shares.isna().any(axis=None):
         raise ValueError(f"{task.name}: some items have no annotations to calibrate on")
     parameters = _minimise(table.to_numpy(), shares.to_numpy(float), ridge)
-    shared, differences, intercepts = _unpack(parameters)
-    return Platt(names, shared + differences, intercepts)
+    _, slopes, intercepts = _unpack(parameters)
+    return Platt(names, slopes, intercepts)

@@ -10,6 +10,7 @@ __all__ = ['mlc_classify']
 # %% ../../nbs/report/08_classify.ipynb #a1b607c4
 import argparse
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,6 +64,9 @@ def _add_wording(how) -> None:
     told = "in place of the usual one; {labels} stands for the names"
     add("--instruction", type=some_text, metavar="TEXT", help=told)
     add("--method", type=some_text, default="max_over_generations", metavar="NAME", help=default)
+    add("--decoding", choices=("free", "guided"), default="free", help=default)
+    words = "no language model: count words (TF-IDF) in the labelled rows"
+    add("--words", action="store_true", help=words)
     add("--chat", action="store_true", help="ask in the model's chat template")
     too_long = f"texts over the context {default}"
     add("--long-text", choices=("error", "truncate"), default="error", help=too_long)
@@ -131,6 +135,7 @@ def _classifier(args: argparse.Namespace, task):
         shots=args.shots,
         examples=args.examples,
         instruction=args.instruction,
+        decoding=args.decoding,
         chat=args.chat,
         long_text=args.long_text,
         calibration=None if args.calibration == "none" else args.calibration,
@@ -147,8 +152,12 @@ def _check_can_learn(args: argparse.Namespace, known) -> None:
     "Raise `ValueError` for options that need labelled rows where there are none."
     if known is not None:
         return
-    if args.coverage is not None or args.threshold == "per_label":
-        option = "--coverage" if args.coverage is not None else "--threshold per_label"
+    options = {
+        "--coverage": args.coverage is not None,
+        "--threshold per_label": args.threshold == "per_label",
+        "--words": args.words,
+    }
+    for option in (option for option, given in options.items() if given):
         raise ValueError(f"{option} needs labelled rows: give --train, or labels in --file")
     print("no row has labels: probabilities are as the model says them", file=sys.stderr)
 
@@ -186,7 +195,7 @@ def _chosen(sets) -> dict[str, list[str]]:
     return {item: [name for name in sets if row[name]] for item, row in sets.iterrows()}
 
 
-def _write(path: Path, described, classifier, trace) -> None:
+def _write(path: Path, described, p, chosen: dict, model: str, flags: dict, abstains=None) -> None:
     "Write the results as the name of the file says."
     from mlc_notebooks.data.results import (
         add_results,
@@ -195,19 +204,13 @@ def _write(path: Path, described, classifier, trace) -> None:
         write_results,
     )
 
-    p = classifier.probabilities(trace)
-    chosen = _chosen(classifier.decide(p))
+    task = described.task
     if results_kind(path) == "labelstudio.json":
-        task = described.task
-        model = trace.settings["model"]
-        write_results(path, label_studio_predictions(task.texts, task.ids, p, chosen, model))
-        return
-    abstains = None if classifier.limit_ is None else classifier.abstains(p).to_dict()
-    flags = _flags(trace, classifier)
-    none = classifier.labels_.none
-    write_results(
-        path, add_results(described.table, described.items, p, chosen, flags, abstains, none)
-    )
+        results = label_studio_predictions(task.texts, task.ids, p, chosen, model)
+    else:
+        beside = (described.table, described.items)
+        results = add_results(*beside, p, chosen, flags, abstains, task.labels.none)
+    write_results(path, results)
 
 # %% ../../nbs/report/08_classify.ipynb #14cb9ca6
 def _what_was_learned(classifier) -> str:
@@ -220,18 +223,65 @@ def _what_was_learned(classifier) -> str:
     return f"{line}, {classifier.calibration} fitted to {len(classifier.known_.raw)} rows"
 
 
-def _print_outcome(path: Path, task, classifier, trace) -> None:
-    "Print whether the model reads, what was learned, whether it is worth it, where results are."
+def _decisions(chosen: dict[str, list[str]], p) -> str:
+    "A line about how many rows got which label, and another one where none got any."
+    counts = Counter(name for names in chosen.values() for name in names)
+    listed = [f"{name} {counts[name]}" for name in p]
+    without = sum(not names for names in chosen.values())
+    if without:
+        listed.append(f"no label {without}")
+    line = f"Rows with each label: {', '.join(listed)} (of {len(chosen)})"
+    if without < len(chosen):
+        return line
+    return (
+        f"{line}\nNo row got a label: the highest probability is {p.to_numpy().max():.2f}. Label "
+        "more rows, take a larger --model, or lower --threshold."
+    )
+
+
+def _flag_lines(flags: dict[str, tuple[str, ...]]) -> list[str]:
+    "What the flags that occurred mean."
+    from mlc_notebooks.data.answers import FLAGS
+
+    meanings = {name: flag.meaning for name, flag in FLAGS.items()}
+    meanings["shown_as_example"] = "shown with its labels, so its probabilities prove nothing"
+    counts = Counter(name for names in flags.values() for name in names)
+    return [f"flag {name}, {count} rows: {meanings[name]}" for name, count in counts.items()]
+
+# %% ../../nbs/report/08_classify.ipynb #0c145233
+_HINT = (
+    "Labelled rows (in --file, or --train) give examples; --model takes another model (mlc-fetch "
+    "--help lists some); --decoding guided holds answers in form; --words counts words instead."
+)
+
+
+def _print_worth(classifier) -> None:
+    "Print whether the model is worth it, where there were rows to see that."
     from mlc_notebooks.alignment.cheaper import compare_with_cheaper
 
+    if classifier.known_ is None:
+        return
+    found = compare_with_cheaper(classifier)
+    print(
+        f"\nOn {len(classifier.known_.raw)} labelled rows, each scored by methods that have not "
+        "seen its labels\n(NLL and L1: lower is better, F1: higher; NLL decides):\n"
+    )
+    print(f"{found.table().to_string()}\n\n{found.advice}")
+    if "Use words" in found.advice or "take words" in found.advice:
+        print("Here --words does that.")
+
+
+def _print_outcome(path: Path, task, classifier, trace, chosen: dict, flags: dict) -> None:
+    "Print whether the model reads, what was learned and decided, and where results are."
     check = _reading(task, classifier, trace)
     print(f"\nDoes the model read the texts?\n{check.level.upper()}: {check.sentence}")
+    if check.level != "green":
+        print(_HINT)
     made = trace.settings
     print(f"\n{made['model']}, {len(trace)} texts, {_what_was_learned(classifier)}")
-    if classifier.known_ is not None:
-        found = compare_with_cheaper(classifier)
-        print(f"\nOn the {len(classifier.known_.raw)} labelled rows, cross-validated:\n")
-        print(f"{found.table().to_string()}\n\n{found.advice}")
+    _print_worth(classifier)
+    print(f"\n{_decisions(chosen, classifier.probabilities(trace))}")
+    print("\n".join(_flag_lines(flags)))
     print(f"\nResults: {path}")
 
 
@@ -246,34 +296,65 @@ def _print_estimate(args: argparse.Namespace, classifier, task, known) -> None:
     if known is not None:
         classifier.examples_ = choose_examples(known, args.examples, args.shots, args.seed)
         texts += known.texts
+        print(f"{len(task)} texts to answer, and up to {len(known)} labelled rows to calibrate on")
     how = classifier.how_to_ask(texts, classifier.examples_)
     asked = unannotated(texts, task.labels, name=task.name)
     print(estimate_run(classifier.model, asked, shots=0, seed=args.seed, **how))
 
 # %% ../../nbs/report/08_classify.ipynb #ee067383
-def _classify(args: argparse.Namespace) -> None:
-    "Answer, calibrate, decide and write, or only estimate, as the command line says."
-    path = None if args.estimate else _results_path(args)
-    described = described_file(args, without=("labels_column", "annotator"))
-    task = described.task
-    known = _known_rows(task)
-    _check_can_learn(args, known)
+def _by_words(args: argparse.Namespace, path: Path, described, known) -> None:
+    "Classify by words (TF-IDF and logistic regression) that were counted in labelled rows."
+    from mlc_notebooks.alignment.cheaper import cheaper_methods
+    from mlc_notebooks.data.texts import majority_of_shares
 
-    classifier = _classifier(args, task)
-    classifier.model = load_model(args)
-    if path is None:
-        _print_estimate(args, classifier, task, known)
-        return
+    if isinstance(args.threshold, str):
+        raise ValueError(f"--words needs a number as --threshold, not {args.threshold}")
+    task = described.task
+    p = cheaper_methods(known, task)["words (TF-IDF)"]
+    sets = majority_of_shares(p.to_numpy(), task.labels.is_multi, args.threshold)
+    chosen = {item: list(task.labels.chosen(row)) for item, row in zip(p.index, sets)}
+    _write(path, described, p, chosen, "words (TF-IDF)", dict.fromkeys(task.ids, ()))
+    print(f"words (TF-IDF), {len(task)} texts, counted in {len(known)} labelled rows")
+    print(f"{_decisions(chosen, p)}\n\nResults: {path}")
+
+
+def _by_model(args: argparse.Namespace, path: Path, described, known, classifier) -> None:
+    "Ask, calibrate, decide and write."
     with kept_batches(path.with_name(f"{path.name}.batches"), args.fresh) as kept:
         if known is None:
             classifier.fit()
         else:
             classifier.fit(known.texts, known.distribution(), folder=kept / "known")
-        trace = classifier.ask(task, kept / "texts")
-        _write(path, described, classifier, trace)
-    _print_outcome(path, task, classifier, trace)
+        trace = classifier.ask(described.task, kept / "texts")
+        p = classifier.probabilities(trace)
+        chosen = _chosen(classifier.decide(p))
+        flags = _flags(trace, classifier)
+        abstains = None if classifier.limit_ is None else classifier.abstains(p).to_dict()
+        _write(path, described, p, chosen, trace.settings["model"], flags, abstains)
+    _print_outcome(path, described.task, classifier, trace, chosen, flags)
+
+# %% ../../nbs/report/08_classify.ipynb #b3bfb8c6
+_NOT_OF_FILE = ("labels_column", "annotator")  # with --train they are about its rows
+
+
+def _classify(args: argparse.Namespace) -> None:
+    "Answer, calibrate, decide and write, or only estimate, as the command line says."
+    path = None if args.estimate else _results_path(args)
+    described = described_file(args, without=_NOT_OF_FILE)
+    known = _known_rows(described.task)
+    _check_can_learn(args, known)
+    if args.words and path is not None:
+        _by_words(args, path, described, known)
+        return
+
+    classifier = _classifier(args, described.task)
+    classifier.model = load_model(args)
+    if path is None:
+        _print_estimate(args, classifier, described.task, known)
+    else:
+        _by_model(args, path, described, known, classifier)
 
 
 def mlc_classify(argv: list[str] | None = None) -> int:
     "The exit code of the command `mlc-classify`."
-    return run_command(_parser(), unless_described(_classify), argv)
+    return run_command(_parser(), unless_described(_classify, _NOT_OF_FILE), argv)

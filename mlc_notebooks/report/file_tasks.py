@@ -46,7 +46,7 @@ def _option(name: str) -> str:
 def add_file_options(parser: argparse.ArgumentParser) -> None:
     "The group of options that say how --file is to be read."
     add = parser.add_argument_group("how --file is read").add_argument
-    names = "label names (default: those that occur)"
+    names = "label names, or a file of names, also with descriptions (default: those that occur)"
     add("--labels", type=some_text, metavar="FILE or A,B,C", help=names)
     for name, about in _COLUMNS.items():
         add(_option(name), type=some_text, metavar="COLUMN", help=f"the column {about}")
@@ -137,20 +137,22 @@ def _training_task(args: argparse.Namespace):
     return known
 
 
-def described_file(args: argparse.Namespace, without: tuple[str, ...] = ()):
+def described_file(args: argparse.Namespace, without: tuple[str, ...] = (), tell: bool = True):
     """The description of --file; the rows of --train, if there are any, are its train split.
 
-    What the user should check is written to standard error. `without` names options that do not
-    hold for --file.
+    What the user should check is written to standard error if `tell`. `without` names options that
+    do not hold for --file where --train is given.
     """
     if not args.train:
         described = _described("--file", args.file, _arguments(args))
-        _tell_doubts(described)
+        if tell:
+            _tell_doubts(described)
         return described
     train = _training_task(args)
     given = {"labels": train.labels, "none": train.labels.none, **_arguments(args, without)}
     described = _described("--file", args.file, given)
-    _tell_doubts(described)
+    if tell:
+        _tell_doubts(described)
     splits = described.task.splits | {"train": train}
     return replace(described, task=replace(described.task, splits=splits))
 
@@ -160,7 +162,7 @@ def file_task(args: argparse.Namespace):
     return described_file(args).task
 
 
-def unless_described(work: Callable) -> Callable:
+def unless_described(work: Callable, without: tuple[str, ...] = ()) -> Callable:
     "The work of a command, or with --describe a function that prints how the file is understood."
 
     def work_or_describe(args: argparse.Namespace) -> None:
@@ -169,6 +171,6 @@ def unless_described(work: Callable) -> Callable:
         elif not args.file:
             raise ValueError("--describe goes with --file")
         else:
-            print(in_options(repr(_described("--file", args.file, _arguments(args)))))
+            print(in_options(repr(described_file(args, without, tell=False))))
 
     return work_or_describe

@@ -87,7 +87,7 @@ def add_asking(parser: argparse.ArgumentParser, model: str, shots: int):
     default = "(default: %(default)s)"
     named = f"embedded model, folder or hub id {default}"
     add("--model", type=some_text, default=model, help=named)
-    shown = f"demonstrations from the train split {default}"
+    shown = f"labelled texts to show as examples {default}"
     add("--shots", type=whole_number(0), default=shots, help=shown)
     seed = f"of sampling and demonstrations {default}"
     add("--seed", type=whole_number(0), default=0, help=seed)
