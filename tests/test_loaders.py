@@ -256,7 +256,7 @@ def flags_set_in(path: Path) -> set[str]:
 
 def test_the_table_has_every_flag_that_is_set():
     "The parser and the probing code set flags by name; each is in the table, and nothing else is."
-    modules = [PACKAGE / "data" / f"{name}.py" for name in ("answers", "json_lists")]
+    modules = [PACKAGE / "data" / f"{name}.py" for name in ("answers", "json_parts")]
     modules += sorted((PACKAGE / "probing").glob("*.py"))
     assert set().union(*map(flags_set_in, modules)) == set(FLAGS)
     assert all(flag.name == name for name, flag in FLAGS.items())

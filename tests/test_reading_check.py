@@ -1,7 +1,7 @@
 """Does the model read? The estimators against slow twins, and levels on real models and tables.
 
-`data/reading/hotels.csv`: 40 requests of NLU++ (Casanueva et al., Findings of NAACL 2022), eight of
-its intents, CC BY 4.0. `data/reading/requests.csv`: 40 requests of CLINC150 (Larson et al., EMNLP
+`reading_tables/hotels.csv`: 40 requests of NLU++ (Casanueva et al., Findings of NAACL 2022), eight of
+its intents, CC BY 4.0. `reading_tables/requests.csv`: 40 requests of CLINC150 (Larson et al., EMNLP
 2019), eight of its intents, CC BY 3.0.
 """
 
@@ -25,7 +25,7 @@ from mlc_notebooks.metrics.verdict import _verdict, reading_check
 from mlc_notebooks.probing import Trace, probe_steps
 from mlc_notebooks.report.cli import _print_reading, mlc_align, mlc_probe
 
-TABLES = Path(__file__).parent / "data/reading"
+TABLES = Path(__file__).parent / "reading_tables"
 
 
 def part_of(trace: Trace, places) -> Trace:
