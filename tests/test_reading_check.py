@@ -1,8 +1,8 @@
 """Does the model read? The estimators against slow twins, and levels on real models and tables.
 
-`reading_tables/hotels.csv`: 40 requests of NLU++ (Casanueva et al., Findings of NAACL 2022), eight of
-its intents, CC BY 4.0. `reading_tables/requests.csv`: 40 requests of CLINC150 (Larson et al., EMNLP
-2019), eight of its intents, CC BY 3.0.
+`reading_tables/hotels.csv`: 40 requests of NLU++ (Casanueva et al., Findings of NAACL 2022), eight
+of its intents, CC BY 4.0. `reading_tables/requests.csv`: 40 requests of CLINC150 (Larson et al.,
+EMNLP 2019), eight of its intents, CC BY 3.0.
 """
 
 from dataclasses import replace

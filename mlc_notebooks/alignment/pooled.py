@@ -17,7 +17,7 @@ from ..data.checks import check_number
 from ..data.texts import AnnotatedTexts
 from ..metrics.inputs import check_table
 
-# %% ../../nbs/alignment/00c_pooled.ipynb #4e6434cb
+# %% ../../nbs/alignment/00c_pooled.ipynb #3ef2cb66
 _LEAST_SLOPE = 0.05
 
 
