@@ -12,7 +12,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .encodings import decoded
 from mlc_notebooks.data.cells import (
     are_multi_hot,
     hidden_parts,
