@@ -47,8 +47,17 @@ class KnownAnswers:
     seconds: float  # per row, in this run
 
 # %% ../../nbs/alignment/26_classifier.ipynb #3c4f71c6
-class _Learning(AskingClassifier):
-    "How a `LabelClassifier` learns from rows."
+def _inside(folder, name: str) -> Path | None:
+    "A folder in a folder, if there is one."
+    return None if folder is None else Path(folder) / name
+
+
+class _Answering(AskingClassifier):
+    "How a `LabelClassifier` asks about rows whose labels are known."
+
+    def _choose(self, task: AnnotatedTexts) -> Examples:
+        "The examples for new texts, from these rows."
+        return choose_examples(task, self.examples, self.shots, self.seed)
 
     def _others(self, task: AnnotatedTexts) -> AnnotatedTexts | None:
         "Rows that were not shown, if they are enough to calibrate on; None: ask in folds."
@@ -66,23 +75,25 @@ class _Learning(AskingClassifier):
             traces.append(self.trace_of(mine, examples, _inside(folder, f"fold {fold}")))
         return traces
 
-    def _choose(self, task: AnnotatedTexts) -> Examples:
-        "The examples for new texts, from these rows."
-        return choose_examples(task, self.examples, self.shots, self.seed)
+    def _known_answers(self, task: AnnotatedTexts, folder) -> tuple[list[Trace], AnnotatedTexts]:
+        "Answers to rows that were not shown when they were asked about, and these rows."
+        others = self._others(task)
+        if self.coverage is not None:
+            check_enough(len(task if others is None else others), self.coverage)
+        if others is None:
+            return self._in_folds(task, folder), task
+        return [self.trace_of(others, self.examples_, _inside(folder, "rows"))], others
+
+# %% ../../nbs/alignment/26_classifier.ipynb #fa93edbc
+class _Learning(_Answering):
+    "How a `LabelClassifier` learns from rows."
 
     def _learn(self, task: AnnotatedTexts, folder) -> None:
         "Choose examples; fit map, thresholds and limit to the other rows."
         self.examples_ = self._choose(task)
         if self.calibration is None and self.coverage is None and self.threshold != "per_label":
             return
-        others = self._others(task)
-        if self.coverage is not None:
-            check_enough(len(task if others is None else others), self.coverage)
-        if others is None:
-            traces = self._in_folds(task, folder)
-            others = task
-        else:
-            traces = [self.trace_of(others, self.examples_, _inside(folder, "rows"))]
+        traces, others = self._known_answers(task, folder)
         raw = pd.concat([self.uncalibrated(trace) for trace in traces]).loc[list(others.ids)]
         seconds = sum(trace.settings["seconds"] for trace in traces) / len(others)
         if self.calibration is not None:
@@ -105,11 +116,6 @@ class _Learning(AskingClassifier):
             self.thresholds_ = best_thresholds(p.to_numpy(), gold)
         if self.coverage is not None:
             self.limit_ = conformal_limit(p, others, self.coverage)
-
-
-def _inside(folder, name: str) -> Path | None:
-    "A folder in a folder, if there is one."
-    return None if folder is None else Path(folder) / name
 
 # %% ../../nbs/alignment/26_classifier.ipynb #5f84fbb9
 class _Deciding(_Learning):
