@@ -216,3 +216,9 @@ def test_calibrated_and_honest(fitted, known):
     covered = (fitted.possible(fitted.known_.calibrated).to_numpy() >= q).all(axis=1)
     assert covered.mean() >= 0.8
     assert "language model" in compare_with_cheaper(fitted).advice
+
+
+def test_one_labelled_text_is_too_few(tuned_lm):
+    for texts in (["a"], ["a", "A "]):
+        with pytest.raises(ValueError, match="one labelled text is too few"):
+            LabelClassifier(tuned_lm, labels=["joy"]).fit(texts, [["joy"]] * len(texts))

@@ -28,7 +28,12 @@ from .linear import read_predictor, write_predictor
 from .maps import CALIBRATIONS, arrays_of, cross_mapped, map_of_arrays
 from .rows import label_set, row_folds, rows_of, shares_of
 from .thresholds import best_expected_f1, best_thresholds
-from ..data.texts import AnnotatedTexts, majority_of_shares, without_texts
+from mlc_notebooks.data.texts import (
+    AnnotatedTexts,
+    majority_of_shares,
+    text_key,
+    without_texts,
+)
 from ..models.lm import LM
 from ..probing.trace import Trace
 
@@ -80,6 +85,8 @@ class _Answering(AskingClassifier):
         others = self._others(task)
         if self.coverage is not None:
             check_enough(len(task if others is None else others), self.coverage)
+        if len({text_key(text) for text in task.texts}) < 2:
+            raise ValueError("one labelled text is too few to calibrate on: label more of them")
         if others is None:
             return self._in_folds(task, folder), task
         return [self.trace_of(others, self.examples_, _inside(folder, "rows"))], others
