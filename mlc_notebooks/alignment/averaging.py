@@ -19,7 +19,7 @@ from ..data.checks import check_whole
 from ..data.texts import AnnotatedTexts, reorder_labels
 from ..engine.runs import run_folder
 from ..metrics.inputs import check_table
-from ..models.lm import LM
+from ..models.language_model import LanguageModel
 
 # %% ../../nbs/alignment/08_averaging.ipynb #fcbbfc19
 def draw_prompt(task: AnnotatedTexts, seed: int) -> AnnotatedTexts:
@@ -70,7 +70,7 @@ def _check_seeds(seeds: Sequence[int]):
 
 
 def average_prompts(
-    lm: LM,
+    lm: LanguageModel,
     task: AnnotatedTexts,
     method: str = "max_over_generations",
     seeds: Sequence[int] = (0, 1, 2, 3),
@@ -101,7 +101,7 @@ def average_prompts(
 # %% ../../nbs/alignment/08_averaging.ipynb #515e190f
 @zero_shot_method("model")
 def max_over_generations_averaged(
-    lm: LM,
+    lm: LanguageModel,
     task: AnnotatedTexts,
     shots: int = 10,
     seed: int = 0,

@@ -23,7 +23,7 @@ from ..data.demonstrations import demonstrations_for
 from ..data.files import write_whole
 from ..data.texts import AnnotatedTexts, unannotated
 from ..metrics.inputs import check_marginals, check_table, check_trace
-from ..models.lm import LM
+from ..models.language_model import LanguageModel
 from ..probing.steps import probe_steps
 from ..probing.trace import Trace
 
@@ -250,7 +250,7 @@ def divide_prior(trace: Trace, prior: np.ndarray | None = None) -> Trace:
 
 
 def content_free_prior(
-    lm: LM,
+    lm: LanguageModel,
     task: AnnotatedTexts,
     shots: int = 10,
     seed: int = 0,

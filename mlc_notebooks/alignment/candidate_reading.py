@@ -32,7 +32,7 @@ from ..data.texts import AnnotatedTexts, unannotated
 from ..engine.runs import check_folder, in_batches
 from ..engine.tree import TokenRows
 from ..metrics.inputs import check_sets, check_table
-from ..models.lm import LM
+from ..models.language_model import LanguageModel
 from ..probing.asking import ListQuestions, ask_for_lists, list_settings
 from ..probing.steps import probe_steps
 
@@ -140,7 +140,7 @@ def _reader(method: str | None, labels: LabelSet) -> tuple[str, Callable]:
     return method, _READERS[method]
 
 
-def _ask_all(lm: LM, questions: Sequence[_Question], probing: dict) -> ListQuestions:
+def _ask_all(lm: LanguageModel, questions: Sequence[_Question], probing: dict) -> ListQuestions:
     "All prompts, made and checked; the model is not run."
     asking = {name: probing[name] for name in _ASKING if name in probing}
     asked = []
@@ -162,7 +162,9 @@ def _reading(task: AnnotatedTexts, chosen: np.ndarray, found: list) -> Candidate
     return CandidateReading(task.labels, *tables, pd.Series([each[-1] for each in found], index))
 
 
-def _worker(lm: LM, questions: Sequence[_Question], reader: Callable, probing: dict) -> Callable:
+def _worker(
+    lm: LanguageModel, questions: Sequence[_Question], reader: Callable, probing: dict
+) -> Callable:
     "A function from positions to the values of each text's candidates and of another label."
 
     def work(positions: list[int]) -> Iterator[np.ndarray]:
@@ -175,7 +177,7 @@ def _worker(lm: LM, questions: Sequence[_Question], reader: Callable, probing: d
 
 
 def _settings(
-    lm: LM, task: AnnotatedTexts, asked: ListQuestions, method: str, probing: dict
+    lm: LanguageModel, task: AnnotatedTexts, asked: ListQuestions, method: str, probing: dict
 ) -> dict:
     "What decides the numbers of a run, for its folder; what is asked stands in the prompts."
     how = {key: value for key, value in probing.items() if key not in _ASKING}
@@ -186,7 +188,7 @@ _TEXTS_PER_BATCH = 16  # of a run in a folder: what a stop may lose
 
 
 def read_candidates(
-    lm: LM,
+    lm: LanguageModel,
     task: AnnotatedTexts,
     candidates: pd.DataFrame,  # 0/1 (n, L), of `nearest_labels`
     demonstrations: Sequence = (),  # pairs (text, labels) for all, or one list of pairs per text
@@ -201,7 +203,7 @@ def read_candidates(
     Raises `ValueError` before the model is run for candidates that are not those of the task's
     texts, and what `probe_steps` raises; for a folder what `in_batches` raises.
     """
-    check_kind("lm", lm, LM, "a model, as load_lm returns it")
+    check_kind("lm", lm, LanguageModel, "a model, as load_lm returns it")
     check_folder(folder)
     chosen = _check_candidates(candidates, task)
     name, reader = _reader(method, task.labels)
@@ -236,7 +238,7 @@ def _unary_of(
 
 
 def ask_candidates(
-    lm: LM,
+    lm: LanguageModel,
     task: AnnotatedTexts,
     candidates: pd.DataFrame,  # 0/1 (n, L), of `nearest_labels`
     shots: int = 0,  # demonstrations, drawn from the train split

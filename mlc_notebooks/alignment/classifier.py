@@ -34,7 +34,7 @@ from mlc_notebooks.data.texts import (
     text_key,
     without_texts,
 )
-from ..models.lm import LM
+from ..models.language_model import LanguageModel
 from ..probing.trace import Trace
 
 # %% ../../nbs/alignment/26_classifier.ipynb #bcb3935d
@@ -155,9 +155,9 @@ class _Deciding(_Learning):
         return (self.possible(p) != self.decide(p)).any(axis=1).rename("abstain")
 
 # %% ../../nbs/alignment/26_classifier.ipynb #e10c0c54
-def _name_of(model: str | LM) -> str:
+def _name_of(model: str | LanguageModel) -> str:
     "The name of a model."
-    return model.name if isinstance(model, LM) else str(model)
+    return model.name if isinstance(model, LanguageModel) else str(model)
 
 
 class _Saved(_Deciding):
@@ -181,7 +181,7 @@ class _Saved(_Deciding):
         )
 
     @classmethod
-    def load(cls, folder: str | Path, model: str | LM | None = None) -> "_Saved":
+    def load(cls, folder: str | Path, model: str | LanguageModel | None = None) -> "_Saved":
         "The classifier that `save` wrote; model: None takes the one by the name that was saved."
         labels, tensors, about = read_predictor(folder, "LabelClassifier")
         parameters = about["parameters"]

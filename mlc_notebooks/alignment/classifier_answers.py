@@ -24,13 +24,14 @@ from .rows import texts_of
 from ..data.checks import check_choice, check_number, check_whole
 from ..data.prompts import LIST_TEMPLATE, SINGLE_TEMPLATE, Template
 from ..data.texts import AnnotatedTexts, unannotated
-from ..models.lm import LM, load_lm
+from ..models.language_model import LanguageModel
+from ..models.lm import load_lm
 from ..probing.steps import probe_steps
 from ..probing.trace import Trace
 
 # %% ../../nbs/alignment/25_classifier_answers.ipynb #dcd1a6ba
 @lru_cache(maxsize=1)
-def _load(name: str) -> LM:
+def _load(name: str) -> LanguageModel:
     "The model of this name, kept for the next call."
     return load_lm(name)
 
@@ -40,7 +41,7 @@ class ClassifierParameters(BaseEstimator):
 
     def __init__(
         self,
-        model: str | LM = "smollm2-135m",
+        model: str | LanguageModel = "smollm2-135m",
         labels: Sequence[str] | None = None,  # None: from y
         none: str | None = "none",  # says that no label applies; None: exactly one label applies
         method: str = "max_over_generations",  # a name in METHODS that reads a trace
@@ -130,7 +131,7 @@ class _Answers(ClassifierParameters):
         self, task: AnnotatedTexts, examples: Examples, folder: str | Path | None = None
     ) -> Trace:
         "The model's answers to a task's texts, after these examples; see `ask` for the folder."
-        lm = self.model if isinstance(self.model, LM) else _load(str(self.model))
+        lm = self.model if isinstance(self.model, LanguageModel) else _load(str(self.model))
         how = self.how_to_ask(task.texts, examples)
         return probe_steps(lm, task, folder=folder, progress=self.progress, **how)
 

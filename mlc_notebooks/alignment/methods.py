@@ -15,7 +15,7 @@ import pandas as pd
 
 from .registry import METHODS, check_methods, methods_for, run_methods
 from ..data.texts import AnnotatedTexts
-from ..models.lm import LM
+from ..models.language_model import LanguageModel
 from ..probing.trace import Trace
 
 # %% ../../nbs/alignment/09_methods.ipynb #0fdb0ddb
@@ -33,7 +33,7 @@ _all_ = ["METHODS", "methods_for"]
 
 # %% ../../nbs/alignment/09_methods.ipynb #a24327d7
 def zero_shot(
-    lm: LM,
+    lm: LanguageModel,
     task: AnnotatedTexts,
     methods: Sequence[str] | None = None,  # names in METHODS; None: all that fit the task
     shots: int = 10,

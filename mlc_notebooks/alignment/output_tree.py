@@ -33,7 +33,7 @@ from ..engine.backend import prompt_tree
 from ..engine.memory import batch_size_for
 from ..engine.runs import check_folder, digest, in_batches, run_folder
 from ..engine.tree import Node, PromptTree, compute_groups, in_chunks
-from ..models.lm import LM
+from ..models.language_model import LanguageModel, check_any_token
 from ..models.tokens import AnswerTokens, Form
 from ..probing.asking import ListQuestions, ask_for_lists, list_settings
 from ..probing.reading import StepReader, p_go
@@ -215,7 +215,7 @@ def _settings(lm, task, questions, prior, how) -> dict:
 
 # %% ../../nbs/alignment/07_output_tree.ipynb #620b662d
 def _over_texts(
-    lm: LM,
+    lm: LanguageModel,
     task: AnnotatedTexts,
     work: Callable,  # (expand, number of texts) -> an answer per text
     how: dict,  # what `work` was told, for the folder
@@ -226,6 +226,7 @@ def _over_texts(
 ) -> list:
     "What `work` answers for each text, in the order of the task."
     check_kind("task", task, AnnotatedTexts, "a task, as load_task returns it")
+    check_any_token(lm, "the tree of outputs")
     _check_multi(task)
     check_folder(folder)
     prior = _as_prior(prior, task)
@@ -267,7 +268,7 @@ def _gather(found: Sequence[Found], task: AnnotatedTexts) -> Bounds:
 
 # %% ../../nbs/alignment/07_output_tree.ipynb #e14ea29c
 def inclusion_bounds(
-    lm: LM,
+    lm: LanguageModel,
     task: AnnotatedTexts,
     shots: int = 10,
     tolerance: float = 0.01,  # missing probability at which a text is done
@@ -293,13 +294,15 @@ def inclusion_bounds(
     return _gather([Found(**answer) for answer in answers], task)
 
 
-def inclusion_marginals(lm: LM, task: AnnotatedTexts, shots: int = 10, **options) -> pd.DataFrame:
+def inclusion_marginals(
+    lm: LanguageModel, task: AnnotatedTexts, shots: int = 10, **options
+) -> pd.DataFrame:
     "P(label in the output), (n, L): the estimate of `inclusion_bounds`, whose options it takes."
     return inclusion_bounds(lm, task, shots, **options).estimate
 
 # %% ../../nbs/alignment/07_output_tree.ipynb #aaae8363
 def sampled_marginals(
-    lm: LM,
+    lm: LanguageModel,
     task: AnnotatedTexts,
     shots: int = 10,
     samples: int = 20,
@@ -336,7 +339,12 @@ def _clipped(found: np.ndarray, task: AnnotatedTexts) -> pd.DataFrame:
 # %% ../../nbs/alignment/07_output_tree.ipynb #095279e8
 @zero_shot_method("model")
 def marginals(
-    lm: LM, task: AnnotatedTexts, shots: int = 10, seed: int = 0, progress: bool = True, **options
+    lm: LanguageModel,
+    task: AnnotatedTexts,
+    shots: int = 10,
+    seed: int = 0,
+    progress: bool = True,
+    **options,
 ) -> pd.DataFrame:
     "P(label in the output) over the tree of outputs, best-first to within 0.01 or 64 looks."
     return inclusion_marginals(lm, task, shots, seed=seed, progress=progress, **options)
@@ -344,7 +352,7 @@ def marginals(
 
 @zero_shot_method("model")
 def marginals_calibrated(
-    lm: LM,
+    lm: LanguageModel,
     task: AnnotatedTexts,
     shots: int = 10,
     seed: int = 0,
@@ -365,7 +373,12 @@ def marginals_calibrated(
 # %% ../../nbs/alignment/07_output_tree.ipynb #811dcf27
 @zero_shot_method("model")
 def marginals_sampled(
-    lm: LM, task: AnnotatedTexts, shots: int = 10, seed: int = 0, progress: bool = True, **options
+    lm: LanguageModel,
+    task: AnnotatedTexts,
+    shots: int = 10,
+    seed: int = 0,
+    progress: bool = True,
+    **options,
 ) -> pd.DataFrame:
     "The same from 20 sampled outputs, Rao-Blackwellised."
     return sampled_marginals(lm, task, shots, samples=20, seed=seed, progress=progress, **options)
@@ -373,7 +386,7 @@ def marginals_sampled(
 
 @zero_shot_method("model")
 def depth_first(
-    lm: LM,
+    lm: LanguageModel,
     task: AnnotatedTexts,
     shots: int = 10,
     seed: int = 0,

@@ -25,7 +25,7 @@ from ..data.checks import check_number, check_whole
 from ..data.demonstrations import binary_demonstrations_for
 from ..data.prompts import binary_prompts, check_texts
 from ..data.texts import AnnotatedTexts
-from ..models.lm import LM
+from ..models.language_model import LanguageModel
 
 # %% ../../nbs/alignment/05_pairs.ipynb #726bde96
 def _differences(strengths: np.ndarray) -> np.ndarray:
@@ -208,7 +208,7 @@ def _pairs_to_ask(size: int, both_orders: bool) -> list[tuple[int, int]]:
 
 
 def ask_pairs(
-    lm: LM,
+    lm: LanguageModel,
     task: AnnotatedTexts,
     shots: int = 10,
     seed: int = 0,
@@ -256,7 +256,7 @@ def _beats_none(strengths: pd.DataFrame, task: AnnotatedTexts, platt: Platt | No
 # %% ../../nbs/alignment/05_pairs.ipynb #d5d657ef
 @zero_shot_method("model")
 def binary_breakdown(
-    lm: LM,
+    lm: LanguageModel,
     task: AnnotatedTexts,
     shots: int = 10,
     seed: int = 0,
@@ -279,7 +279,7 @@ def binary_breakdown(
 
 @zero_shot_method("model")
 def binary_breakdown_both_orders(
-    lm: LM, task: AnnotatedTexts, shots: int = 10, seed: int = 0, **options
+    lm: LanguageModel, task: AnnotatedTexts, shots: int = 10, seed: int = 0, **options
 ) -> pd.DataFrame:
     "The same with each pair asked in both orders and averaged, to cancel a preference for a place."
     return binary_breakdown(lm, task, shots, seed, both_orders=True, **options)

@@ -32,12 +32,14 @@ from ..engine.backend import prompt_tree
 from ..engine.memory import batch_size_for
 from ..engine.runs import in_batches
 from ..engine.tree import Node
+from ..models.language_model import check_weights
 from ..models.lm import LM
 from ..probing.asking import ListQuestions, ask_for_lists
 
 # %% ../../nbs/alignment/11_probe.ipynb #80f2248c
 def _check_layer(lm: LM, layer: int) -> int:
-    "The layer; raises `ValueError` for one that the model does not have."
+    "The layer; raises `ValueError` for one that the model does not have, or does not show."
+    check_weights(lm, "a probe of hidden states")
     layers = lm.model.config.get_text_config().num_hidden_layers + 1  # with the embeddings
     return check_whole("layer", layer, least=-layers, below=layers)
 

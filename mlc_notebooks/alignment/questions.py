@@ -25,7 +25,7 @@ from ..data.texts import AnnotatedTexts
 from ..engine.backend import prompt_tree
 from ..engine.runs import check_folder, in_batches, run_settings
 from ..engine.tree import Node, TokenRows, compute_groups
-from ..models.lm import LM
+from ..models.language_model import LanguageModel, check_any_token
 from ..models.tokens import encode_continuation
 from ..probing.asking import check_vocabulary
 
@@ -102,7 +102,7 @@ def _check_questions(prompts: Sequence[Sequence[Prompt]]):
             raise ValueError(f"the text at position {position} has no questions: leave it out")
 
 
-def _first_tokens(lm: LM, answers: Sequence[str], before: str) -> list[int]:
+def _first_tokens(lm: LanguageModel, answers: Sequence[str], before: str) -> list[int]:
     "The first token of each answer; raises `ValueError` where two are the same."
     firsts = [encode_continuation(lm, before + answer)[0] for answer in answers]
     if len(set(firsts)) < len(firsts):
@@ -113,7 +113,7 @@ def _first_tokens(lm: LM, answers: Sequence[str], before: str) -> list[int]:
     return firsts
 
 # %% ../../nbs/alignment/04_questions.ipynb #b8f2aaa8
-def _check_lengths(lm: LM, rows: TokenRows):
+def _check_lengths(lm: LanguageModel, rows: TokenRows):
     "Raise `ValueError` where the longest question and one token of its answer do not fit."
     longest = max(rows.lengths())
     if longest + 1 > lm.context_length:
@@ -123,7 +123,7 @@ def _check_lengths(lm: LM, rows: TokenRows):
         )
 
 
-def _encoded(lm: LM, prompts: Sequence[Sequence[Prompt]]) -> TokenRows:
+def _encoded(lm: LanguageModel, prompts: Sequence[Sequence[Prompt]]) -> TokenRows:
     "All questions as token ids; raises `ValueError` where one does not fit the context."
     rows = TokenRows(lm.encode_prompt(prompt) for questions in prompts for prompt in questions)
     _check_lengths(lm, rows)
@@ -170,7 +170,7 @@ def _answered(found: list[tuple[np.ndarray, int]], rows: TokenRows) -> Answered:
 
 
 def ask_questions(
-    lm: LM,
+    lm: LanguageModel,
     prompts: Sequence[Sequence[Prompt]],  # the questions about each text
     answers: Sequence[str],  # they must begin with different tokens
     progress: bool = True,
@@ -183,7 +183,8 @@ def ask_questions(
     Raises `ValueError` for a text without questions, where two answers begin with the same token,
     or a prompt does not fit the context, and for a folder what `in_batches` raises.
     """
-    check_kind("lm", lm, LM, "a model, as load_lm returns it")
+    check_kind("lm", lm, LanguageModel, "a model, as load_lm returns it")
+    check_any_token(lm, "a question with answers to choose from")
     check_folder(folder)
     _check_answers(answers)
     _check_questions(prompts)
@@ -219,7 +220,7 @@ def _unary_questions(task: AnnotatedTexts, shots: int, seed: int) -> list[list[P
 
 @zero_shot_method("model")
 def unary_breakdown(
-    lm: LM,
+    lm: LanguageModel,
     task: AnnotatedTexts,
     shots: int = 10,
     seed: int = 0,

@@ -20,7 +20,7 @@ import pandas as pd
 from ..data.checks import check_choice, check_whole
 from ..data.texts import AnnotatedTexts
 from ..engine.runs import run_folder
-from ..models.lm import LM
+from ..models.language_model import LanguageModel
 from ..probing.steps import probe_steps
 from ..probing.trace import Trace
 
@@ -159,7 +159,11 @@ def probing_for(names: Sequence[str]) -> dict:
 
 
 def _trace_for(
-    lm: LM, task: AnnotatedTexts, trace: Trace | None, folder: str | Path | None, **probing
+    lm: LanguageModel,
+    task: AnnotatedTexts,
+    trace: Trace | None,
+    folder: str | Path | None,
+    **probing,
 ) -> Trace:
     "The trace given, checked, or the one that is probed here."
     if trace is None:
@@ -169,7 +173,7 @@ def _trace_for(
 
 # %% ../../nbs/alignment/02_registry.ipynb #8ac8dddd
 def run_methods(
-    lm: LM,
+    lm: LanguageModel,
     task: AnnotatedTexts,
     names: Sequence[str],  # that `check_methods` has checked
     shots: int,

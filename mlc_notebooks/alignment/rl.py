@@ -44,6 +44,7 @@ from ..data.labels import LabelSet
 from ..data.prompts import check_texts, list_prompts
 from ..data.texts import AnnotatedTexts, training_data
 from ..engine.memory import process_policy
+from ..models.language_model import check_weights
 from ..models.lm import LM, load_lm
 from ..models.quiet import bar_options
 
@@ -346,6 +347,7 @@ def fit_rl(
     another run, `FloatingPointError` when losses or weights are no longer numbers; `claim_run` has
     more.
     """
+    check_weights(lm, "policy gradient")
     settings = _Settings(steps, texts, group, learning_rate, beta, r, alpha, seed)
     task, _ = training_data(task_train)
     check_texts(task.ids, task.texts)

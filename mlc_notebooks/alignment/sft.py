@@ -42,12 +42,14 @@ from ..data.checks import check_whole
 from ..data.files import write_whole
 from ..data.texts import AnnotatedTexts, reorder_labels, training_data, without_texts
 from ..engine.memory import process_policy
+from ..models.language_model import check_weights
 from ..models.lm import LM, load_lm
 from ..models.quiet import quiet_transformers
 
 # %% ../../nbs/alignment/15_sft.ipynb #6872ee43
 def _check_untuned(lm: LM):
-    "Raise `ValueError` for a model that was tuned before."
+    "Raise `ValueError` for a model that was tuned before, or whose weights are elsewhere."
+    check_weights(lm, "fine-tuning")
     if any(hasattr(module, "lora_A") for module in lm.model.modules()):
         raise ValueError(
             f"{lm.name} holds the adapter of an earlier training: load the model anew with load_lm"

@@ -21,7 +21,7 @@ from ..data.labels import LabelSet
 from ..data.prompts import Prompt, list_prompts
 from ..data.texts import AnnotatedTexts
 from ..engine.tree import common_prefix
-from ..models.lm import LM
+from ..models.language_model import LanguageModel
 from ..models.tokens import encode_continuation
 
 # %% ../../nbs/alignment/13_sft_examples.ipynb #9aa60b8d
@@ -50,14 +50,14 @@ def _is_inside(position: int, spans: list[tuple[int, int]]) -> bool:
     return any(start <= position < end for start, end in spans)
 
 
-def _in_demonstrated_answers(lm: LM, prompt: Prompt) -> list[bool]:
+def _in_demonstrated_answers(lm: LanguageModel, prompt: Prompt) -> list[bool]:
     "For each token of a plain prompt: does it belong to the answer of a demonstration?"
     encoded = lm.tokenizer(prompt.plain(), split_special_tokens=True, return_offsets_mapping=True)
     spans = _answer_spans(prompt)
     return [_is_inside(first, spans) for first, _ in encoded.offset_mapping]
 
 # %% ../../nbs/alignment/13_sft_examples.ipynb #954be2ee
-def _answer_ids(lm: LM, chosen: Sequence[str], labels: LabelSet) -> list[int]:
+def _answer_ids(lm: LanguageModel, chosen: Sequence[str], labels: LabelSet) -> list[int]:
     "Token ids of the list of the labels chosen, and the end of the text."
     ordered = [name for name in labels if name in chosen]
     answer = "\n" + FORMATS["json"].render(ordered, labels)
@@ -65,7 +65,7 @@ def _answer_ids(lm: LM, chosen: Sequence[str], labels: LabelSet) -> list[int]:
 
 
 def sft_example(
-    lm: LM,
+    lm: LanguageModel,
     text: str,
     chosen: Sequence[str],  # the labels that the text carries, in any order
     labels: LabelSet,  # in the order in which instruction and answer list them
@@ -101,7 +101,7 @@ def _order_taught(labels: LabelSet, label_order: str, rng: random.Random) -> Lab
 
 
 def list_examples(
-    lm: LM, task: AnnotatedTexts, label_order: str = "alphabetical", seed: int = 0
+    lm: LanguageModel, task: AnnotatedTexts, label_order: str = "alphabetical", seed: int = 0
 ) -> list[Example]:
     """One example without demonstrations per text, in the order of the texts; it teaches the
     text's majority set.

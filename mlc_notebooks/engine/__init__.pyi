@@ -4,6 +4,7 @@ from . import tree as tree
 from . import attention as attention
 from . import cache as cache
 from . import packed as packed
+from . import rows as rows
 from . import backend as backend
 from . import drafts as drafts
 from . import scheduler as scheduler
@@ -50,6 +51,7 @@ from .packed import PackedTree as PackedTree
 from .packed import lay_out as lay_out
 from .packed import pass_masks as pass_masks
 from .packed import split_into_passes as split_into_passes
+from .rows import RowsTree as RowsTree
 from .backend import BACKENDS as BACKENDS
 from .backend import Backend as Backend
 from .backend import backend_of as backend_of

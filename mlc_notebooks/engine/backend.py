@@ -20,7 +20,9 @@ from transformers.utils import logging
 from .attention import LANES
 from .memory import process_policy
 from .packed import PackedTree
+from .rows import RowsTree
 from .tree import Node, PlainTree, Predictions, PromptTree
+from ..models.language_model import LanguageModel, check_weights, has_weights
 from ..models.lm import LM
 
 # %% ../../nbs/engine/05_backend.ipynb #e2f55104
@@ -105,13 +107,18 @@ def packs(lm: LM) -> bool:
 
 # %% ../../nbs/engine/05_backend.ipynb #9b3e2550
 def prompt_tree(
-    lm: LM, shared: Sequence[int] = (), no_cache: bool = False
-) -> PackedTree | PlainTree:
+    lm: LanguageModel, shared: Sequence[int] = (), no_cache: bool = False
+) -> PackedTree | PlainTree | RowsTree:
     """The packed tree where the model can be trusted with it, else the plain one.
 
-    `shared` is the beginning of all prompts. `no_cache`: the plain tree, whatever the model. Warns
-    of a model that cannot be packed.
+    A model that is computed elsewhere is asked for rows. `shared` is the beginning of all prompts.
+    `no_cache`: the plain tree, whatever the model; it needs weights. Warns of a model that cannot
+    be packed.
     """
+    if not has_weights(lm):
+        if no_cache:
+            check_weights(lm, "no_cache=True")
+        return RowsTree(lm, shared)
     process_policy("probing")
     if no_cache:
         return PlainTree(lm, shared)

@@ -15,6 +15,7 @@ import os
 import torch
 
 from ..data.checks import check_choice
+from ..models.language_model import LanguageModel, has_weights
 from ..models.lm import LM
 
 # %% ../../nbs/engine/00_memory.ipynb #53e309e7
@@ -36,11 +37,16 @@ def tokens_under_way(lm: LM) -> int:
     return tokens_within(lm, 75 if is_16_bit else 100)
 
 
-def batch_size_for(lm: LM, tokens_per_text: int, megabytes: int = 400, most: int = 64) -> int:
+def batch_size_for(
+    lm: LanguageModel, tokens_per_text: int, megabytes: int = 400, most: int = 64
+) -> int:
     """How many texts fit into one batch: at least 1 and at most `most`.
 
-    Their keys and values stay within `megabytes`. `most` bounds what a pass takes beside them.
+    Their keys and values stay within `megabytes`. `most` bounds what a pass takes beside them. A
+    model that is computed elsewhere keeps its own memory.
     """
+    if not has_weights(lm):
+        return most
     fitting = tokens_within(lm, megabytes) // max(1, tokens_per_text)
     return max(1, min(most, fitting))
 

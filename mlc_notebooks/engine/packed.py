@@ -251,7 +251,8 @@ class PackedTree:
         self.shared_prefix = shared_prefix and _takes_shared_prefix(lm)
 
         # twice: answers may grow longer than expected
-        self.slots = Slots(len(shared) + 2 * tokens_under_way(lm) + tokens_per_pass)
+        self.tokens_kept = tokens_under_way(lm)
+        self.slots = Slots(len(shared) + 2 * self.tokens_kept + tokens_per_pass)
         self.cache = _empty_cache(lm, self.slots)
         self.root = Node(None, list(shared), slots=np.zeros(0, int))
         self.prefix_length = 0  # tokens of the shared prefix that have been computed

@@ -33,7 +33,7 @@ from mlc_notebooks.engine.batches import (
     progress_bar,
 )
 from .parts import part_bytes, read_part
-from ..models.lm import LM
+from ..models.language_model import LanguageModel
 
 # %% ../../nbs/engine/09_runs.ipynb #145b8ef4
 def json_settings(settings: dict) -> dict:
@@ -290,7 +290,7 @@ def in_batches(
         return run.answers()
 
 # %% ../../nbs/engine/09_runs.ipynb #2b74f79c
-def provenance(lm: LM) -> dict:
+def provenance(lm: LanguageModel) -> dict:
     "What computes: model, dtype, device, hashes, threads, instructions and versions."
     hashes = {f"{name}_hash": value for name, value in lm.fingerprint.items()}
     packages = ("mlc_notebooks", "torch", "transformers")
@@ -315,7 +315,7 @@ def digest(values: Iterable) -> str:
 
 
 def run_settings(
-    lm: LM,
+    lm: LanguageModel,
     rows: Sequence[Sequence[int]],  # token ids of each text's prompts
     **asked,  # what else decides the numbers
 ) -> dict:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from .finite import broken_row, non_finite_output
+from ..models.language_model import LanguageModel
 from ..models.lm import LM
 
 # %% ../../nbs/engine/01_tree.ipynb #f0390af9
@@ -104,6 +105,8 @@ class Predictions:
     margin: np.ndarray  # (n,) its log-probability less the second's
     hidden: np.ndarray | None = None  # (n, layers + 1, width) of the last token, float32
     attention: list[np.ndarray] | None = None  # n arrays (layers, path length), mean over heads
+    each: np.ndarray | None = None  # (n,) where some are not told (NaN): the most each can have
+    rest: np.ndarray | None = None  # (n,) the most that all of those not told have together
 
     @classmethod
     def from_logits(cls, logits: torch.Tensor, watch: torch.Tensor) -> "Predictions":
@@ -135,16 +138,20 @@ class Predictions:
             joined.hidden = np.concatenate([part.hidden for part in parts])
         if parts[0].attention is not None:
             joined.attention = [weights for part in parts for weights in part.attention]
+        if parts[0].rest is not None:
+            joined.each = np.concatenate([part.each for part in parts])
+            joined.rest = np.concatenate([part.rest for part in parts])
         return joined
 
 # %% ../../nbs/engine/01_tree.ipynb #d25e3926
 class PromptTree(Protocol):
     "What a backend offers: predictions after the nodes of a prompt tree."
 
-    lm: LM
+    lm: LanguageModel
     root: Node  # the shared prefix
     tokens_per_pass: int  # how many tokens are best asked for together
     reads_per_pass: int  # and how many predictions
+    tokens_kept: int  # how many tokens answers under way may keep, after the shared prefix
 
     def compute(
         self,
@@ -190,6 +197,7 @@ class PlainTree:
     "A prompt tree that computes every path from its beginning."
 
     tokens_per_pass = reads_per_pass = 512  # here it makes no difference
+    tokens_kept = 2**15  # nothing is kept, but answers under way have results
 
     def __init__(self, lm: LM, shared: Sequence[int] = ()):
         self.lm = lm

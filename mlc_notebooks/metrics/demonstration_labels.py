@@ -29,7 +29,7 @@ from .phenomenon import summarise
 from .profiles import first_step_marginals
 from .sets import prediction_metrics
 from .statistics import mean_table
-from ..models.lm import LM
+from ..models.language_model import LanguageModel
 from ..models.tokens import AnswerTokens
 from ..probing.trace import Trace
 
@@ -74,7 +74,7 @@ def flip_demonstrations(
     return flipped
 
 # %% ../../nbs/metrics/10_demonstration_labels.ipynb #f0e510fb
-def _words_apart(lm: LM, labels: LabelSet, fmt: str) -> list[str]:
+def _words_apart(lm: LanguageModel, labels: LabelSet, fmt: str) -> list[str]:
     "Everyday objects that are no labels and begin with different tokens in the format."
     taken = {name.casefold() for name in labels.outcomes}
     words = [word for word in BOX_OBJECTS if word not in taken]
@@ -83,7 +83,9 @@ def _words_apart(lm: LM, labels: LabelSet, fmt: str) -> list[str]:
     return [word for word in words if word not in alike]
 
 
-def unrelated_words(lm: LM, labels: LabelSet, seed: int = 0, fmt: str = "json") -> list[str]:
+def unrelated_words(
+    lm: LanguageModel, labels: LabelSet, seed: int = 0, fmt: str = "json"
+) -> list[str]:
     """As many everyday objects as there are labels, in alphabetical order.
 
     None of them is a label, and no two have the same first token in the format `fmt`. Raises
@@ -156,7 +158,13 @@ DEMONSTRATION_KINDS = ("gold", "flipped", "unrelated")
 
 
 def _label_condition(
-    lm: LM, task: AnnotatedTexts, kind: str, shots: int, seed: int, multi_share: float, fmt: str
+    lm: LanguageModel,
+    task: AnnotatedTexts,
+    kind: str,
+    shots: int,
+    seed: int,
+    multi_share: float,
+    fmt: str,
 ) -> Condition:
     "The prompt of one kind; all kinds of a seed show the same texts."
     if kind == "unrelated":
@@ -168,7 +176,7 @@ def _label_condition(
 
 # %% ../../nbs/metrics/10_demonstration_labels.ipynb #b511894d
 def vary_demonstration_labels(
-    lm: LM,
+    lm: LanguageModel,
     task: AnnotatedTexts,  # with a train split
     kinds: Sequence[str] = DEMONSTRATION_KINDS,
     shots: int = 10,

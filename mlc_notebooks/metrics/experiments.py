@@ -25,7 +25,7 @@ from .order import label_order
 from .phenomenon import summarise
 from .sets import prediction_metrics
 from .statistics import mean_table
-from ..models.lm import LM
+from ..models.language_model import LanguageModel
 from ..models.quiet import bar_options
 from ..probing.steps import probe_steps
 from ..probing.trace import Trace
@@ -50,7 +50,7 @@ def _longest_first(conditions: Sequence[Condition]) -> np.ndarray:
     return np.argsort([-size for size in sizes], kind="stable")
 
 
-def _probe(lm: LM, condition: Condition, probe_options: dict) -> Trace:
+def _probe(lm: LanguageModel, condition: Condition, probe_options: dict) -> Trace:
     "The trace of one condition."
     keys, task, shown = condition
     return probe_steps(
@@ -65,7 +65,7 @@ def _probe(lm: LM, condition: Condition, probe_options: dict) -> Trace:
 
 # %% ../../nbs/metrics/09_experiments.ipynb #c90d1267
 def probe_each(
-    lm: LM,
+    lm: LanguageModel,
     conditions: Sequence[Condition],
     measure: Callable[[Trace, Condition], pd.DataFrame],  # a table with a column `quantity`
     progress: bool = True,
@@ -188,7 +188,7 @@ def _share_conditions(
 
 
 def vary_multi_share(
-    lm: LM,
+    lm: LanguageModel,
     task: AnnotatedTexts,  # with a train split
     shares: Sequence[float] = (0, 0.2, 0.4, 0.6, 0.8, 1),  # of demonstrations with several labels
     shots: int = 10,
@@ -241,7 +241,7 @@ def _order_condition(
 
 
 def vary_label_order(
-    lm: LM,
+    lm: LanguageModel,
     task: AnnotatedTexts,  # with a train split
     orders: Sequence[str] = LABEL_ORDERS,
     seeds: Sequence[int] = (0, 1, 2),  # of the demonstrations and of the random order
@@ -297,7 +297,7 @@ def _shot_conditions(
 
 
 def vary_shots(
-    lm: LM,
+    lm: LanguageModel,
     task: AnnotatedTexts,  # with a train split, unless shots is (0,)
     shots: Sequence[int] = (0, 1, 2, 5, 10, 20),
     seeds: Sequence[int] = (0,),  # of the demonstrations

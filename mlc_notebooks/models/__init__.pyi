@@ -6,6 +6,7 @@ from . import adapters as adapters
 from . import merging as merging
 from . import hashes as hashes
 from . import loading as loading
+from . import language_model as language_model
 from . import lm as lm
 from . import tokens as tokens
 from . import encoders as encoders
@@ -39,6 +40,13 @@ from .hashes import WeightHash as WeightHash
 from .hashes import weights_hash as weights_hash
 from .loading import load_parts as load_parts
 from .loading import model_folder as model_folder
+from .language_model import LanguageModel as LanguageModel
+from .language_model import NextTokens as NextTokens
+from .language_model import NotOffered as NotOffered
+from .language_model import check_any_token as check_any_token
+from .language_model import check_weights as check_weights
+from .language_model import has_weights as has_weights
+from .language_model import vocabulary_hash as vocabulary_hash
 from .lm import LM as LM
 from .lm import load_lm as load_lm
 from .tokens import AnswerTokens as AnswerTokens

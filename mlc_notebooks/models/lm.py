@@ -8,91 +8,20 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/models/lm.html.md"""
 __all__ = ['LM', 'load_lm']
 
 # %% ../../nbs/models/03_lm.ipynb #b8c1873c
-import hashlib
-import json
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from ..data.prompts import Prompt
 from .adapters import adapter_chain
 from .hashes import WeightHash
+from .language_model import LanguageModel, vocabulary_hash
 from .loading import load_parts
 from .merging import merge_adapter
 from .names import first_line, shown
 
-# %% ../../nbs/models/03_lm.ipynb #93c2285c
-_PLACEHOLDER = "\ue000{}\ue001"  # characters for private use: no template contains them
-
-
-def _chat_frame(lm: "LM", messages: Sequence[dict]) -> list[str]:
-    "The chat template with placeholders for the contents, cut at its special tokens."
-    if not lm.tokenizer.chat_template:
-        raise ValueError(f"{lm.name} has no chat template: use chat=False")
-    turns = [{**message, "content": _PLACEHOLDER.format(i)} for i, message in enumerate(messages)]
-    frame = lm.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-
-    special = [str(token) for token in lm.tokenizer.added_tokens_decoder.values()]
-    longest_first = sorted(special, key=len, reverse=True)
-    return re.split("(" + "|".join(map(re.escape, longest_first)) + ")", frame)
-
-
-def _encode_chat(lm: "LM", messages: Sequence[dict]) -> list[int]:
-    "Ids of the turns of a chat, and of the beginning of the model's own turn."
-    special = {str(token): i for i, token in lm.tokenizer.added_tokens_decoder.items()}
-    placeholder = _PLACEHOLDER.format("([0-9]+)")
-    ids = []
-    for part in _chat_frame(lm, messages):
-        if part in special:
-            ids.append(special[part])
-        elif part:
-            text = re.sub(placeholder, lambda hole: messages[int(hole[1])]["content"], part)
-            ids += lm.encode_text(text)
-    return ids
-
-# %% ../../nbs/models/03_lm.ipynb #2a2b143c
-_BYTE_SIGNS = {"Ġ": " ", "Ċ": "\n", "č": "\r", "ĉ": "\t"}
-_SENTENCEPIECE_SIGNS = {"▁": " ", "<0x0A>": "\n"}  # there "Ġ" or "č" are letters
-
-
-def _token_texts(tokenizer, size: int) -> list[str]:
-    "The text of each of `size` tokens; empty where the tokenizer knows none."
-    sentencepiece = "<0x0A>" in tokenizer.get_vocab()
-    signs = _SENTENCEPIECE_SIGNS if sentencepiece else _BYTE_SIGNS
-    texts = []
-    for token in tokenizer.convert_ids_to_tokens(range(size)):
-        text = token or ""
-        for sign, meaning in signs.items():
-            text = text.replace(sign, meaning)
-        texts.append(text)
-    return texts
-
-
-def _begins(text: str, start: str) -> bool:
-    "Whether `text` begins with `start`, and its word ends there if `start` ends in a letter."
-    if not text.startswith(start):
-        return False
-    after = text[len(start) : len(start) + 1]
-    return not (start[-1].isalpha() and after.isalpha())
-
-
-def _tokens_beginning(texts: Sequence[str], beginnings: tuple[str, ...]) -> np.ndarray:
-    "Positions of the texts that begin with one of the beginnings."
-    found = []
-    for i, text in enumerate(texts):
-        if text.startswith(beginnings) and any(_begins(text, start) for start in beginnings):
-            found.append(i)
-    return np.array(found, dtype=int)
-
 # %% ../../nbs/models/03_lm.ipynb #5f172eb6
-_AS_WRITTEN = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
 def _context_length(config) -> int:
     "Tokens that a model reads at most, from its text configuration."
     longest = getattr(config, "max_position_embeddings", None)
@@ -110,16 +39,10 @@ def _size(model: torch.nn.Module) -> str:
     weights = sum(weight.numel() for weight in model.parameters())
     return f"{weights / 1e6:,.0f} million weights"
 
-# %% ../../nbs/models/03_lm.ipynb #315c1807
-def _vocabulary_hash(tokenizer) -> str:
-    "16 hexadecimal digits for all tokens and their ids."
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
-    return hashlib.sha256(vocabulary).hexdigest()[:16]
-
 # %% ../../nbs/models/03_lm.ipynb #4cbdb0e3
 @dataclass(eq=False, repr=False)
-class LM:
-    "A causal language model with its tokenizer."
+class LM(LanguageModel):
+    "A causal language model with its weights in this process."
 
     name: str
     model: torch.nn.Module
@@ -137,6 +60,11 @@ class LM:
     def dtype(self) -> str:
         return str(self.model.dtype).removeprefix("torch.")
 
+    @property
+    def vocabulary_size(self) -> int:
+        "Tokens that it can predict."
+        return self.model.config.get_text_config().vocab_size
+
     @cached_property
     def context_length(self) -> int:
         "Tokens that prompt and answer may have together."
@@ -147,34 +75,11 @@ class LM:
         "Tokens that end a text."
         return _end_ids(self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
 
-    @cached_property
-    def token_texts(self) -> list[str]:
-        "The text of every token, its leading space kept; exact for ASCII, the rest as stored."
-        return _token_texts(self.tokenizer, self.model.config.get_text_config().vocab_size)
-
-    def tokens_beginning(self, *beginnings: str) -> np.ndarray:
-        "Ids of the tokens that begin with one of these; what ends in a letter must end a word."
-        return _tokens_beginning(self.token_texts, beginnings)
-
-    def encode_text(self, text: str) -> list[int]:
-        "Ids of a string of its own, without BOS; special tokens in it stay text."
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-
-    def encode_prompt(self, prompt: Prompt, chat: bool = False) -> list[int]:
-        "Ids of a prompt: one text, or the turns of a chat that the model is about to answer."
-        if chat:
-            return _encode_chat(self, prompt.messages())
-        return self.tokenizer(prompt.plain(), split_special_tokens=True).input_ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        "The text of ids, exactly as written, without special tokens."
-        return self.tokenizer.decode(ids, **_AS_WRITTEN)
-
     @property
     def fingerprint(self) -> dict[str, str]:
         "Short hashes of all weights, as they are now, and of the tokenizer."
         weights = self._weight_hash(self.model)
-        return {"weights": weights, "tokenizer": _vocabulary_hash(self.tokenizer)}
+        return {"weights": weights, "tokenizer": vocabulary_hash(self.tokenizer)}
 
 # %% ../../nbs/models/03_lm.ipynb #795ccffc
 _DTYPES = ("float32", "bfloat16", "float16", "float64")

@@ -15,13 +15,13 @@ import numpy as np
 
 from ..data.answers import AnswerFormat, answer_format
 from ..data.labels import LabelSet, surface_forms
-from .lm import LM
+from .language_model import LanguageModel
 
 # %% ../../nbs/models/04_tokens.ipynb #04a06c6f
 _ANCHORS = ("a", ".", ")", "1", "\n")
 
 
-def _marks_first_word(lm: LM) -> bool:
+def _marks_first_word(lm: LanguageModel) -> bool:
     "Whether the tokenizer puts a space before the first word of a text."
     return lm.token_texts[lm.encode_text("a")[0]].startswith(" ")
 
@@ -31,7 +31,7 @@ def _after(head: list[int], whole: list[int]) -> list[int] | None:
     return whole[len(head) :] if whole[: len(head)] == head else None
 
 
-def _ids_after_anchor(lm: LM, anchor: str, text: str) -> list[int] | None:
+def _ids_after_anchor(lm: LanguageModel, anchor: str, text: str) -> list[int] | None:
     "Ids of `text` after the anchor; None where the two do not stay apart."
     head = lm.encode_text(anchor)
     whole = lm.encode_text(anchor + text)
@@ -39,7 +39,7 @@ def _ids_after_anchor(lm: LM, anchor: str, text: str) -> list[int] | None:
     return _after(head, whole) if spells_text else None
 
 
-def encode_continuation(lm: LM, text: str) -> list[int]:
+def encode_continuation(lm: LanguageModel, text: str) -> list[int]:
     "Ids of a text that goes on where another text ends: without the mark of a first word."
     if not _marks_first_word(lm):
         return lm.encode_text(text)
@@ -59,7 +59,7 @@ class Form:
     lead: int = 0  # how many of the ids belong to the format's lead, the "the" of "the apple"
 
 # %% ../../nbs/models/04_tokens.ipynb #fb569e33
-def _ids_after(lm: LM, before: str, text: str) -> list[int]:
+def _ids_after(lm: LanguageModel, before: str, text: str) -> list[int]:
     """Ids of `text` where it stands after `before`.
 
     Both are tokenised together. Where that changes the ids of `before`, `text` is tokenised as the
@@ -70,7 +70,9 @@ def _ids_after(lm: LM, before: str, text: str) -> list[int]:
     return encode_continuation(lm, text) if ids is None else ids
 
 
-def _spell(lm: LM, before: str, space: str, lead: str, written: str) -> tuple[list[int], int]:
+def _spell(
+    lm: LanguageModel, before: str, space: str, lead: str, written: str
+) -> tuple[list[int], int]:
     "Ids of a label after `before`, and how many of them are its lead."
     if not lead:
         return _ids_after(lm, before, space + written), 0
@@ -80,7 +82,7 @@ def _spell(lm: LM, before: str, space: str, lead: str, written: str) -> tuple[li
 
 
 def _forms_after(
-    lm: LM, labels: LabelSet, fmt: AnswerFormat, before: str, spaces: Sequence[str]
+    lm: LanguageModel, labels: LabelSet, fmt: AnswerFormat, before: str, spaces: Sequence[str]
 ) -> list[Form]:
     "Every spelling of every outcome after `before`, in the order of the outcomes."
     forms = {}  # by ids: two spellings may come out as the same tokens
@@ -107,14 +109,14 @@ def continuations(forms: Sequence[Form], path: Sequence[int]) -> tuple[list[int]
     return list(dict.fromkeys(children)), whole
 
 # %% ../../nbs/models/04_tokens.ipynb #87bdc3de
-def _list_ends(lm: LM, fmt: AnswerFormat) -> np.ndarray:
+def _list_ends(lm: LanguageModel, fmt: AnswerFormat) -> np.ndarray:
     "Tokens that end a list: those that the format names, and the end of the text where it counts."
     ends = lm.end_ids if fmt.end_stops else []
     return np.union1d(lm.tokens_beginning(*fmt.stop), ends).astype(int)
 
 
 def _bare_quote(
-    lm: LM, fmt: AnswerFormat
+    lm: LanguageModel, fmt: AnswerFormat
 ) -> tuple[int | None, np.ndarray | None, np.ndarray | None]:
     "The closing quote alone, and the tokens after it that go on and that stop; else None."
     if not fmt.bare:
@@ -124,7 +126,7 @@ def _bare_quote(
     return encode_continuation(lm, fmt.bare)[0], go_on, stop
 
 
-def _terminators(lm: LM, fmt: AnswerFormat) -> np.ndarray:
+def _terminators(lm: LanguageModel, fmt: AnswerFormat) -> np.ndarray:
     "All tokens that end a label."
     ends = np.union1d(lm.tokens_beginning(*fmt.go), _list_ends(lm, fmt))
     if fmt.bare:
@@ -245,7 +247,11 @@ class AnswerTokens:
     """
 
     def __init__(
-        self, lm: LM, labels: LabelSet, fmt: AnswerFormat | str = "json", before: str = "\n"
+        self,
+        lm: LanguageModel,
+        labels: LabelSet,
+        fmt: AnswerFormat | str = "json",
+        before: str = "\n",
     ):
         fmt = answer_format(fmt)
         fmt.check(labels)

@@ -21,7 +21,7 @@ from ..data.prompts import Template, check_texts, list_prompts
 from ..data.texts import AnnotatedTexts, unannotated
 from ..engine.runs import digest, run_settings
 from ..engine.tree import TokenRows
-from ..models.lm import LM
+from ..models.language_model import LanguageModel
 from ..models.tokens import AnswerTokens
 
 # %% ../../nbs/probing/03_asking.ipynb #438400f4
@@ -75,7 +75,7 @@ def _too_many(rows: TokenRows, room: int, context_length: int) -> dict[int, int]
     return {i: count for i, count in surplus.items() if count > 0}
 
 
-def _cut_end(lm: LM, text: str, surplus: int, item: str) -> str:
+def _cut_end(lm: LanguageModel, text: str, surplus: int, item: str) -> str:
     "The text without its last tokens: `surplus` of them and four more."
     ids = lm.encode_text(text)
     if surplus + 4 >= len(ids):
@@ -86,9 +86,9 @@ def _cut_end(lm: LM, text: str, surplus: int, item: str) -> str:
     return lm.decode(ids[: len(ids) - surplus - 4])
 
 # %% ../../nbs/probing/03_asking.ipynb #50cdbe49
-def check_vocabulary(lm: LM, rows: TokenRows) -> None:
+def check_vocabulary(lm: LanguageModel, rows: TokenRows) -> None:
     "Nothing; raises `ValueError` where the tokenizer gives a token that the model does not have."
-    known = lm.model.get_input_embeddings().num_embeddings
+    known = lm.vocabulary_size
     largest = max([*rows.shared, *map(max, rows.tails)])
     if largest >= known:
         raise ValueError(
@@ -97,7 +97,7 @@ def check_vocabulary(lm: LM, rows: TokenRows) -> None:
         )
 
 # %% ../../nbs/probing/03_asking.ipynb #97de4274
-def _merges(lm: LM, prompt, answer_tokens: AnswerTokens) -> bool:
+def _merges(lm: LanguageModel, prompt, answer_tokens: AnswerTokens) -> bool:
     "Whether prompt and answer have other ids together than one after the other."
     end = prompt.plain()[-200:]  # only the prompt's end can matter
     fmt = answer_tokens.fmt
@@ -107,13 +107,15 @@ def _merges(lm: LM, prompt, answer_tokens: AnswerTokens) -> bool:
     return joint[: len(ids)] != ids
 
 
-def _flag_merges(lm: LM, prompts: Sequence, answer_tokens: AnswerTokens, flags: list[set[str]]):
+def _flag_merges(
+    lm: LanguageModel, prompts: Sequence, answer_tokens: AnswerTokens, flags: list[set[str]]
+):
     for prompt, mine in zip(prompts, flags):
         if _merges(lm, prompt, answer_tokens):
             mine.add("boundary_merged")
 
 
-def _too_long(lm: LM, item: str, tokens: int, room: int) -> ValueError:
+def _too_long(lm: LanguageModel, item: str, tokens: int, room: int) -> ValueError:
     "The error about an item whose prompt of so many tokens leaves no room for its answer."
     return ValueError(
         f"item {item!r}: its prompt of {tokens} tokens and an answer of up to {room} exceed the "
@@ -123,7 +125,7 @@ def _too_long(lm: LM, item: str, tokens: int, room: int) -> ValueError:
 
 
 def _encode_prompts(
-    lm: LM,
+    lm: LanguageModel,
     task: AnnotatedTexts,
     make: Callable[[list[str]], list],  # prompts of texts
     answer_tokens: AnswerTokens,
@@ -155,7 +157,7 @@ def _encode_prompts(
 # %% ../../nbs/probing/03_asking.ipynb #86db5b23
 def _check_asking(lm, task, fmt, template):
     "Raises `TypeError` for an argument of another kind, `ValueError` for a task without texts."
-    check_kind("lm", lm, (LM,), "a model, as load_lm returns it")
+    check_kind("lm", lm, (LanguageModel,), "a model, as load_lm returns it")
     check_kind("task", task, (AnnotatedTexts,), "a task, as load_task returns it")
     check_kind("fmt", fmt, (str, AnswerFormat), "the name of a format")
     check_kind("template", template, (Template, type(None)), "a Template, or None")
@@ -177,7 +179,7 @@ def _before_answer(template: Template | None) -> str:
 
 # %% ../../nbs/probing/03_asking.ipynb #2ea6ddc0
 def ask_for_lists(
-    lm: LM,
+    lm: LanguageModel,
     task: AnnotatedTexts,
     shots: int = 10,
     *,
@@ -215,7 +217,7 @@ def ask_for_lists(
 
 # %% ../../nbs/probing/03_asking.ipynb #91a014dc
 def list_settings(
-    lm: LM,
+    lm: LanguageModel,
     task: AnnotatedTexts,
     asked: ListQuestions,
     **how,  # how they are answered

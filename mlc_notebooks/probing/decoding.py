@@ -18,7 +18,7 @@ from ..data.reasoning import is_reasoning_token, opens_reasoning
 from ..engine.drafts import NgramDrafter
 from ..engine.scheduler import Prediction, Request, token_chain
 from ..engine.tree import Node
-from ..models.lm import LM
+from ..models.language_model import LanguageModel
 from ..models.tokens import AnswerTokens, Form, continuations, encode_continuation
 from .reading import Step, StepReader
 
@@ -42,7 +42,7 @@ class Decoded:
 NEAR_TIE = 1e-3  # top two log-probabilities closer than this may swap places between batches
 
 # %% ../../nbs/probing/01_decoding.ipynb #d819c931
-def _text_decoder(lm: LM) -> Callable[[Sequence[int]], str]:
+def _text_decoder(lm: LanguageModel) -> Callable[[Sequence[int]], str]:
     "A function from ids to their text, in which special tokens that mark reasoning are kept."
     added = lm.tokenizer.added_tokens_decoder.items()
     marks = {
@@ -96,7 +96,7 @@ def _is_over(found: _Greedy, answer_tokens: AnswerTokens) -> bool:
 
 # %% ../../nbs/probing/01_decoding.ipynb #d8b3a860
 def _write_greedily(
-    lm: LM, answer_tokens: AnswerTokens, limit: int, start: Node, drafts: NgramDrafter
+    lm: LanguageModel, answer_tokens: AnswerTokens, limit: int, start: Node, drafts: NgramDrafter
 ) -> Generator[Request, list[Prediction], _Greedy]:
     "The greedy answer of at most `limit` tokens, up to the end of its list."
     drafted = drafts.guess([], limit)
@@ -135,7 +135,12 @@ def _token_boundaries(found: _Greedy) -> dict[int, int]:
 
 
 def _free_step(
-    lm: LM, entry: Entry, position: int, found: _Greedy, boundaries: dict[int, int], start: Node
+    lm: LanguageModel,
+    entry: Entry,
+    position: int,
+    found: _Greedy,
+    boundaries: dict[int, int],
+    start: Node,
 ) -> Step:
     "The step that wrote `entry`, the label after so many others."
     written = entry.outcome or entry.text
@@ -163,7 +168,7 @@ def _forced_step(answer_tokens: AnswerTokens, start: Node) -> Step:
 
 
 def free_decoder(
-    lm: LM,
+    lm: LanguageModel,
     answer_tokens: AnswerTokens,
     limit: int,  # tokens of an answer, at most
     start: Node,  # the end of the prompt
@@ -241,7 +246,7 @@ def _allowed_forms(answer_tokens: AnswerTokens, written: Sequence[str]) -> list[
 
 
 def _choose_to_go_on(
-    lm: LM, after: Prediction, reader: StepReader
+    lm: LanguageModel, after: Prediction, reader: StepReader
 ) -> Generator[Request, list[Prediction], tuple[list[int] | None, Prediction, bool]]:
     "What of the separator is still to be written (None: the list stops), after what, near ties."
     tokens = reader.answer_tokens
@@ -259,7 +264,7 @@ def _choose_to_go_on(
 
 # %% ../../nbs/probing/01_decoding.ipynb #6ec8ea46
 def guided_decoder(
-    lm: LM, reader: StepReader, start: Node
+    lm: LanguageModel, reader: StepReader, start: Node
 ) -> Generator[Request, list[Prediction], Decoded]:
     """A generator that returns an answer in the format: the likeliest labels, token by token.
 

@@ -20,7 +20,7 @@ from ..data.demonstrations import demonstrations_for
 from ..data.labels import LabelSet
 from ..data.texts import AnnotatedTexts
 from ..engine.memory import tokens_under_way, tokens_within
-from ..models.lm import LM
+from ..models.language_model import LanguageModel, has_weights
 from .asking import ListQuestions, as_task, ask_for_lists
 from .steps import probe_steps
 
@@ -107,14 +107,16 @@ def _extrapolated(
     return expected, low, max(high, seconds / timed_tokens * tokens)
 
 # %% ../../nbs/probing/06_estimate.ipynb #83721de0
-def _weights_megabytes(lm: LM) -> float:
-    "What the weights take."
+def _weights_megabytes(lm: LanguageModel) -> float:
+    "What the weights take in this process."
+    if not has_weights(lm):
+        return 0.0
     return sum(weight.nbytes for weight in lm.model.parameters()) / 2**20
 
 
-def _peak_megabytes(lm: LM) -> float:
+def _peak_megabytes(lm: LanguageModel) -> float:
     "The most that was taken so far: on the model's GPU, or by this process; at least the weights."
-    if lm.device.type == "cuda":
+    if has_weights(lm) and lm.device.type == "cuda":
         return torch.cuda.max_memory_allocated(lm.device) / 2**20
     try:
         import resource
@@ -124,8 +126,10 @@ def _peak_megabytes(lm: LM) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def _kept_megabytes(lm: LM, asked: ListQuestions, positions: Sequence[int]) -> float:
-    "What the keys and values of these texts take at a time."
+def _kept_megabytes(lm: LanguageModel, asked: ListQuestions, positions: Sequence[int]) -> float:
+    "What the keys and values of these texts take at a time, in this process."
+    if not has_weights(lm):
+        return 0.0
     longest = asked.answer_tokens.longest_answer
     tokens = sum(len(asked.rows.tails[i]) + longest for i in positions)
     kept = len(asked.rows.shared) + min(tokens, tokens_under_way(lm))
@@ -153,7 +157,7 @@ def _shown_to(positions: Sequence[int], shown: Sequence) -> Sequence:
 class _Timed:
     "Texts that are asked as the whole run would ask them."
 
-    lm: LM
+    lm: LanguageModel
     task: AnnotatedTexts
     shown: Sequence
     how: dict
@@ -187,7 +191,7 @@ def _timing(timed: _Timed, asked: ListQuestions, chosen: list[int]) -> tuple[flo
 
 # %% ../../nbs/probing/06_estimate.ipynb #b6ab7252
 def estimate_run(
-    lm: LM,
+    lm: LanguageModel,
     texts: AnnotatedTexts | Sequence[str],  # plain strings need `labels`
     shots: int = 10,
     *,
@@ -222,5 +226,5 @@ def estimate_run(
         megabytes=_peak_megabytes(lm) + more,
         weights_megabytes=_weights_megabytes(lm),
         sampled=len(chosen),
-        device=lm.device.type,
+        device=str(lm.device).partition(":")[0],
     )

@@ -25,12 +25,12 @@ from ..data.prompts import Template
 from ..data.texts import AnnotatedTexts
 from ..engine.backend import prompt_tree
 from ..engine.drafts import NgramDrafter
-from ..engine.memory import batch_size_for, tokens_under_way
+from ..engine.memory import batch_size_for
 from ..engine.packed import PackedTree
 from ..engine.runs import check_folder, in_batches, provenance
 from ..engine.scheduler import continuous_batching
 from ..engine.tree import Node
-from ..models.lm import LM
+from ..models.language_model import LanguageModel, check_any_token, check_weights
 from mlc_notebooks.probing.asking import (
     ListQuestions,
     as_task,
@@ -101,9 +101,8 @@ class _Probe:
         sizes = [len(tail) + len(answer_tokens.opening) + 8 for tail in tails]
         drafts = NgramDrafter(answer_tokens)
         answers = (self.answer(Node(tree.root, tail), drafts) for tail in tails)
-        most = tokens_under_way(tree.lm)
         return continuous_batching(
-            tree, answers, self.reader.watch, sizes, most, keep, drafts=drafts
+            tree, answers, self.reader.watch, sizes, tree.tokens_kept, keep, drafts=drafts
         )
 
     def batch(self, positions: Sequence[int]) -> Iterator[tuple]:
@@ -158,7 +157,7 @@ def _plan(asked: ListQuestions, texts: Sequence[str], size: int) -> list[int]:
 
 
 def _batch_size(
-    lm: LM, asked: ListQuestions, batch_size: int | None, with_states: bool, folder
+    lm: LanguageModel, asked: ListQuestions, batch_size: int | None, with_states: bool, folder
 ) -> int:
     "How many texts a batch has."
     if batch_size is not None:
@@ -218,7 +217,7 @@ def _hash_of_prompts(prompts: Iterable) -> str:
     return found.hexdigest()[:16]
 
 
-def _what_was_asked(lm: LM, task: AnnotatedTexts, asked: ListQuestions) -> dict:
+def _what_was_asked(lm: LanguageModel, task: AnnotatedTexts, asked: ListQuestions) -> dict:
     "The settings of a trace that say which texts and prompts, and which model."
     return {
         "task": task.name,
@@ -233,7 +232,7 @@ def _what_was_asked(lm: LM, task: AnnotatedTexts, asked: ListQuestions) -> dict:
     }
 
 # %% ../../nbs/probing/05_steps.ipynb #1eadc216
-def _new_probe(lm: LM, asked: ListQuestions, how: dict, no_cache: bool) -> _Probe:
+def _new_probe(lm: LanguageModel, asked: ListQuestions, how: dict, no_cache: bool) -> _Probe:
     "The probe of a run, with its tree."
     tree = prompt_tree(lm, asked.rows.shared, no_cache)
     reader = StepReader(asked.answer_tokens, how["reading"])
@@ -243,7 +242,7 @@ def _new_probe(lm: LM, asked: ListQuestions, how: dict, no_cache: bool) -> _Prob
 
 
 def _run(
-    lm: LM,
+    lm: LanguageModel,
     task: AnnotatedTexts,
     asked: ListQuestions,
     how: dict,  # the texts are answered and read
@@ -281,9 +280,19 @@ def _check_how(decoding, reading, collisions, hidden, attention, no_cache):
     check_choice("attention", attention, (False, True))
     check_choice("no_cache", no_cache, (False, True))
 
+
+def _check_offered(lm: LanguageModel, decoding: str, hidden: bool | str, attention: bool):
+    "Raises `NotOffered` for what the model's backend cannot tell."
+    if hidden:
+        check_weights(lm, f"hidden={hidden!r}")
+    if attention:
+        check_weights(lm, "attention=True")
+    if decoding == "guided":
+        check_any_token(lm, "decoding='guided'")
+
 # %% ../../nbs/probing/05_steps.ipynb #d4adfc2e
 def probe_steps(
-    lm: LM,
+    lm: LanguageModel,
     texts: AnnotatedTexts | Sequence[str],  # a task, or plain strings with `labels`
     shots: int = 10,  # demonstrations, drawn from the task's train split
     *,
@@ -316,6 +325,7 @@ def probe_steps(
     """
     task = as_task(texts, labels)
     _check_how(decoding, reading, collisions, hidden, attention, no_cache)
+    _check_offered(lm, decoding, hidden, attention)
     check_folder(folder)
     seed = check_whole("seed", seed, least=0)
     tolerance = check_number("tolerance", tolerance, least=0, most=1)
