@@ -14,7 +14,7 @@ ifneq ($(wildcard ../shared/data),)
 export MLC_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: demo lab check test lint sync-check docs-check readme readme-check fast-tests nbdev-test pytest tutorials adapter recorded benchmark benchmark-rivals benchmark-cost benchmark-training growth studies export constraints audit
+.PHONY: demo lab check test lint sync-check docs-check readme readme-check fast-tests nbdev-test pytest tutorials adapter recorded benchmark benchmark-rivals benchmark-cost benchmark-training benchmark-gpu growth studies export constraints audit
 
 demo: $(READY)
 	$(BIN)/mlc-probe --task goemotions brighter-eng --n 64 --sample main --seed 0 --out $(DEMO)
@@ -138,6 +138,10 @@ benchmark-cost: $(READY)
 
 benchmark-training: $(READY)
 	$(BIN)/python benchmarks/training.py
+
+# Of a machine with a GPU. GPU="--shape small --device cpu --dtype float32 --texts 8" tries it without.
+benchmark-gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py $(GPU)
 
 benchmark-rivals: $(RIVALS)/vllm/.installed $(RIVALS)/llama/.installed
 

@@ -13,9 +13,14 @@ from . import batches as batches
 from . import runs as runs
 from .memory import batch_size_for as batch_size_for
 from .memory import fit_threads as fit_threads
+from .memory import free_megabytes as free_megabytes
+from .memory import out_of_memory as out_of_memory
 from .memory import process_policy as process_policy
+from .memory import reads_in_pass as reads_in_pass
 from .memory import reads_within as reads_within
 from .memory import return_freed_memory as return_freed_memory
+from .memory import return_to_device as return_to_device
+from .memory import tokens_in_pass as tokens_in_pass
 from .memory import tokens_under_way as tokens_under_way
 from .memory import tokens_within as tokens_within
 from .finite import NonFiniteOutput as NonFiniteOutput
@@ -40,6 +45,7 @@ from .attention import SharedPrefixAttention as SharedPrefixAttention
 from .attention import SuffixChunk as SuffixChunk
 from .attention import chunks_of as chunks_of
 from .attention import flash_attention as flash_attention
+from .attention import has_flash_attention as has_flash_attention
 from .attention import merge_by_log_sum_exp as merge_by_log_sum_exp
 from .attention import register_shared_prefix as register_shared_prefix
 from .attention import sequence_chunk as sequence_chunk

@@ -81,7 +81,8 @@ class SlotLayer(DynamicLayer):
         if isinstance(into, slice):
             buffer[into] = states
         else:
-            buffer.index_copy_(0, into.to(buffer.device), states)
+            self.slots.into = into.to(buffer.device)  # once for all layers
+            buffer.index_copy_(0, self.slots.into, states)
         return buffer
 
     def _larger(self, buffer):

@@ -19,13 +19,20 @@ from mlc_notebooks.engine.attention import (
     Piece,
     SharedPrefixAttention,
     chunks_of,
-    flash_attention,
+    has_flash_attention,
     register_shared_prefix,
     slots_of_path,
 )
 from .cache import SlotLayer, Slots, cache_name
 from .finite import broken_row, non_finite_output
-from .memory import reads_within, return_freed_memory, tokens_under_way
+from mlc_notebooks.engine.memory import (
+    out_of_memory,
+    reads_in_pass,
+    return_freed_memory,
+    return_to_device,
+    tokens_in_pass,
+    tokens_under_way,
+)
 from .tree import Node, Predictions, attention_code, hidden_states_at
 from ..models.lm import LM
 
@@ -132,8 +139,7 @@ def pass_masks(lm: LM, layout: PassLayout, slots: Slots) -> torch.Tensor | dict[
 
 def _takes_shared_prefix(lm: LM) -> bool:
     "Whether passes of a model may use shared-prefix attention, which transformers then knows."
-    possible = flash_attention is not None and lm.device.type == "cpu"
-    if not possible or _sliding_layers(lm) != "none":
+    if not has_flash_attention(lm.device) or _sliding_layers(lm) != "none":
         return False
     register_shared_prefix()
     return True
@@ -172,7 +178,7 @@ def _attention_options(tree, layout, attention) -> tuple[str | None, dict]:
     "The name of the attention code for a pass (None: the model's own), and its arguments."
     whole = all(chunk.prefix == tree.prefix_length for chunk in layout.chunks)
     if tree.shared_prefix and whole and not attention:
-        shared = SharedPrefixAttention(layout, tree.lm.model.dtype)
+        shared = SharedPrefixAttention(layout, tree.lm.model.dtype, tree.lm.device)
         return "shared_prefix", {"attention_mask": None, "shared_prefix": shared}
     masks = pass_masks(tree.lm, layout, tree.slots)
     return "eager" if attention else None, {"attention_mask": masks}
@@ -203,7 +209,8 @@ def _compute_pass(tree, pieces, watch, hidden, attention) -> Predictions | None:
         found.attention = _attention_at(out.attentions, layout.reads, _ended(pieces))
     size = out.logits.nbytes
     del out, logits
-    return_freed_memory(size)
+    if tree.lm.device.type == "cpu":
+        return_freed_memory(size)
     return found
 
 # %% ../../nbs/engine/04_packed.ipynb #ad1bfdbb
@@ -231,6 +238,9 @@ def _call_model(tree, layout, hidden, attention):
     return out
 
 # %% ../../nbs/engine/04_packed.ipynb #39f5084b
+_FEWEST_TOKENS = 32  # a pass that does not fit with so few does not fit at all
+
+
 class PackedTree:
     """A prompt tree in one row of tokens with one cache.
 
@@ -242,17 +252,18 @@ class PackedTree:
         self,
         lm: LM,
         shared: Sequence[int] = (),
-        tokens_per_pass: int = 512,
+        tokens_per_pass: int | None = None,  # None: as the device and its free memory allow
         shared_prefix: bool = True,
     ):
         self.lm = lm
-        self.tokens_per_pass = tokens_per_pass
-        self.reads_per_pass = reads_within(lm, 16 * lm.model.dtype.itemsize)
+        self.tokens_per_pass = tokens_per_pass or tokens_in_pass(lm)
+        self.reads_per_pass = reads_in_pass(lm)
+        self.halves_passes = lm.device.type == "cuda"  # where one does not fit into memory
         self.shared_prefix = shared_prefix and _takes_shared_prefix(lm)
 
         # twice: answers may grow longer than expected
         self.tokens_kept = tokens_under_way(lm)
-        self.slots = Slots(len(shared) + 2 * self.tokens_kept + tokens_per_pass)
+        self.slots = Slots(len(shared) + 2 * self.tokens_kept + self.tokens_per_pass)
         self.cache = _empty_cache(lm, self.slots)
         self.root = Node(None, list(shared), slots=np.zeros(0, int))
         self.prefix_length = 0  # tokens of the shared prefix that have been computed
@@ -272,14 +283,41 @@ class PackedTree:
         "What the model predicts after each node; parents come before their children."
         watched = torch.as_tensor(np.asarray(watch), device=self.lm.device)
         parts = []
+        waiting = list(nodes)
+        while waiting:
+            for part in self._passes(waiting, watched, hidden, attention):
+                parts.append(part)
+                waiting = waiting[len(part.best) :]
+        return Predictions.join(parts)
+
+    def _passes(self, nodes, watched, hidden, attention) -> Iterator[Predictions]:
+        "Predictions of pass after pass; ends early, with smaller passes, where memory is short."
         for pieces in split_into_passes(nodes, self.tokens_per_pass, self.reads_per_pass):
             begun = [piece.node for piece in pieces if piece.begin == 0]
             self.forget(begun)  # those that have slots are computed anew
             self.kept.update(dict.fromkeys(begun))
-            part = _compute_pass(self, pieces, watched, hidden, attention)
+            fits = True
+            try:
+                part = _compute_pass(self, pieces, watched, hidden, attention)
+            except (MemoryError, RuntimeError) as error:
+                if not (out_of_memory(error) and self._can_halve()):
+                    raise
+                fits = False  # what the failed pass holds is free only after this block
+            if not fits:
+                self._halve_passes(pieces)
+                return
             if part is not None:
-                parts.append(part)
-        return Predictions.join(parts)
+                yield part
+
+    def _can_halve(self) -> bool:
+        return self.halves_passes and self.tokens_per_pass > _FEWEST_TOKENS
+
+    def _halve_passes(self, pieces: Sequence[Piece]):
+        "Make the passes half as large, and forget what a pass that failed has begun."
+        self.forget([piece.node for piece in pieces])
+        self.tokens_per_pass = max(_FEWEST_TOKENS, self.tokens_per_pass // 2)
+        self.reads_per_pass = max(1, self.reads_per_pass // 2)
+        return_to_device(self.lm)
 
     def forget(self, nodes: Sequence[Node]):
         "Give back the slots of nodes from which nothing more will grow."

@@ -32,6 +32,7 @@ from mlc_notebooks.engine.batches import (
     check_plan,
     progress_bar,
 )
+from .memory import out_of_memory
 from .parts import part_bytes, read_part
 from ..models.language_model import LanguageModel
 
@@ -228,12 +229,6 @@ def open_run(folder: str | Path, plan: Sequence[Sequence[int]], settings: dict) 
     with claimed(folder) as folder:
         yield Run(folder, plan, settings)
 
-# %% ../../nbs/engine/09_runs.ipynb #1651dbd7
-def _out_of_memory(error: Exception) -> bool:
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return "allocate memory" in str(error)
-
 # %% ../../nbs/engine/09_runs.ipynb #70210c4f
 def check_folder(folder: str | Path | None) -> None:
     "Nothing; raises `ValueError` for what cannot be the folder of a run. None is none."
@@ -251,7 +246,7 @@ def _compute_next(run: Batches, work: Callable, bar):
             answers.append(answer)
             advance(bar, 1)
     except (MemoryError, RuntimeError) as error:
-        if len(batch) == 1 or not _out_of_memory(error):
+        if len(batch) == 1 or not out_of_memory(error):
             raise
         advance(bar, -len(answers))
         run.halve()

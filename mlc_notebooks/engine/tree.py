@@ -71,7 +71,7 @@ class Node:
         return ids
 
 # %% ../../nbs/engine/01_tree.ipynb #8fbbe3e7
-_ROWS = 16  # of logits that are read together
+_ROWS = {"cpu": 16, "cuda": 256}  # of logits that are read together
 _BLOCK = 256  # entries of the vocabulary
 
 
@@ -112,12 +112,13 @@ class Predictions:
     def from_logits(cls, logits: torch.Tensor, watch: torch.Tensor) -> "Predictions":
         "Predictions from logits (n, vocabulary); `watch` are the ids of the watched tokens."
         size = logits.shape[1]
-        rows = min(_ROWS, len(logits))
+        at_once = _ROWS.get(logits.device.type, 16)
+        rows = min(at_once, len(logits))
         width = -(-size // _BLOCK) * _BLOCK
         scratch = torch.empty((rows, width), dtype=torch.float32, device=logits.device)
 
         parts = []
-        for some in logits.split(_ROWS):
+        for some in logits.split(at_once):
             copied = scratch[: len(some)]
             copied[:, :size] = some
             copied[:, size:] = -torch.inf
