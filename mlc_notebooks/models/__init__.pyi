@@ -49,10 +49,12 @@ from .loading import model_folder as model_folder
 from .language_model import LanguageModel as LanguageModel
 from .language_model import NextTokens as NextTokens
 from .language_model import NotOffered as NotOffered
+from .language_model import SAME_MODEL as SAME_MODEL
 from .language_model import Written as Written
 from .language_model import check_any_token as check_any_token
 from .language_model import check_weights as check_weights
 from .language_model import has_weights as has_weights
+from .language_model import same_weights as same_weights
 from .language_model import vocabulary_hash as vocabulary_hash
 from .http import Connection as Connection
 from .http import JsonClient as JsonClient
@@ -75,7 +77,6 @@ from .completions import read_choices as read_choices
 from .completions import watched_next as watched_next
 from .served import Ability as Ability
 from .served import PROBE_TEXTS as PROBE_TEXTS
-from .served import SAME as SAME
 from .served import SAME_AT_ONCE as SAME_AT_ONCE
 from .served import ServedLM as ServedLM
 from .served import TOKENIZER_TEXTS as TOKENIZER_TEXTS
