@@ -156,7 +156,7 @@ def check_status(status: int, headers: httpx.Headers, content: bytes) -> None:
 
 # %% ../../nbs/models/02f_http.ipynb #1ded7aa2
 _FEW = 4  # tries, at least
-_backing_off = wait_exponential_jitter(initial=0.5, max=30, jitter=0.5)
+_backing_off = wait_exponential_jitter(multiplier=0.5, max=30, jitter=0.5)
 
 
 def _wait(state: RetryCallState) -> float:

@@ -113,12 +113,9 @@ class Ability(NamedTuple):
     likeliest: int | None = None  # how many of them
 
 
-def _try(client: JsonClient, request: dict) -> Choice | None:
-    "What the server wrote after the one prompt of a request; None where it refuses the request."
-    try:
-        answer = client.ask(f"{client.address.path}/completions", request, patient=False)
-    except Refused:
-        return None
+def _try(client: JsonClient, request: dict) -> Choice:
+    "What the server wrote after the one prompt of a request; raises `Refused`."
+    answer = client.ask(f"{client.address.path}/completions", request, patient=False)
     return read_choices(answer, request)[0]
 
 
@@ -128,11 +125,10 @@ def _watches(client: JsonClient, model: str, prompt: list[int], most: int) -> in
     for size in (8, 64, 128, 256, 512, 1024):
         request = completion_request(model, [prompt], watch=range(min(size, most)))
         try:
-            if _try(client, request) is None:
-                return known
+            _try(client, request)
         except NoTokenIds:
             raise
-        except WrongAnswer:  # it ignores the parameter
+        except (Refused, WrongAnswer):  # of an answer: it ignores the parameter
             return known
         known = size
     return known
@@ -141,17 +137,20 @@ def _watches(client: JsonClient, model: str, prompt: list[int], most: int) -> in
 _USUAL_LIKELIEST = (20, 5, 2)  # what servers allow
 
 
-def _likeliest(client: JsonClient, model: str, prompt: list[int], wanted: int | None) -> int | None:
-    "How many of the likeliest tokens the server tells; None: it takes no such request."
+def _likeliest(client: JsonClient, model: str, prompt: list[int], wanted: int | None) -> int:
+    "How many of the likeliest tokens the server tells; raises `Refused` where it tells none."
+    refusal = None
     for size in _USUAL_LIKELIEST if wanted is None else (wanted,):
-        choice = _try(client, completion_request(model, [prompt], likeliest=size))
-        if choice is None:
+        try:
+            choice = _try(client, completion_request(model, [prompt], likeliest=size))
+        except Refused as error:
+            refusal = error
             continue
         told = len(choice.told[0])
         if told < 2 or (wanted and told < wanted):
             raise NotOffered(f"{client.host} takes logprobs={size} and tells {told} tokens only")
         return min(told, size)
-    return None
+    raise refusal
 
 
 def find_ability(
@@ -168,17 +167,15 @@ def find_ability(
             size = _watches(client, model, prompt, most)
             if size is not None:
                 return Ability(watch_at_once=size)
-        found = _likeliest(client, model, prompt, likeliest)
+        return Ability(likeliest=_likeliest(client, model, prompt, likeliest))
+    except Refused as error:
+        raise NotOffered(
+            f"{refused}it refuses token ids as the prompt, or so many 'logprobs' ({error})"
+        ) from None
     except NoTokenIds as error:
         raise NotOffered(f"{refused}{error}") from None
     except WrongAnswer as error:
         raise NotOffered(f"{refused}it takes 'logprobs', but {error}") from None
-    if found is None:
-        raise NotOffered(
-            f"{refused}it takes no token ids as the prompt of /completions, or no 'logprobs'"
-            f"{'' if likeliest is None else f'={likeliest}'} there"
-        )
-    return Ability(likeliest=found)
 
 # %% ../../nbs/models/02g_served.ipynb #f850c0f2
 PROBE_TEXTS = (
