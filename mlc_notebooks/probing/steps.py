@@ -38,9 +38,9 @@ from mlc_notebooks.probing.asking import (
     check_collisions,
     list_settings,
 )
+from .bounded import LikeliestReader
 from .decoding import Decoded, free_decoder, guided_decoder
 from .internals import read_states
-from .bounded import LikeliestReader
 from .lazy import LazyReader
 from .reading import READINGS, Step, StepReader, read_steps
 from .saved import END_COLUMNS, STEP_COLUMNS
