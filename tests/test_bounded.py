@@ -23,7 +23,7 @@ from mlc_notebooks.probing.lazy import TrieArrays
 from mlc_notebooks.probing.reading import FormTrie
 from mlc_notebooks.report import summary_sentence, write_report
 
-ROUNDING = 2e-6  # float32, in passes of other sizes
+ROUNDING = 5e-6  # float32, in passes of other sizes
 CONTEXT = Node(None, [0])
 ENDS = [6, 7]  # tokens that end a label; 8 is what else could be written
 

@@ -18,7 +18,7 @@ from mlc_notebooks.probing.reading import FormTrie
 from mlc_notebooks.probing.saved import END_COLUMNS
 
 TOLERANCE = 1e-4
-ROUNDING = 2e-6  # float32, in passes of other sizes
+ROUNDING = 5e-6  # float32, in passes of other sizes
 SHOWN = [("I can't wait for tonight!", ("joy",)), ("He shouted and I ran.", ("anger", "fear"))]
 TEXTS = ["My card was stolen in Rome!", "I am so glad that you came, but I miss my sister."]
 
