@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mlc_notebooks.alignment import score_ends, zero_shot
+from mlc_notebooks.alignment import mean_marginals, score_ends, zero_shot
 from mlc_notebooks.alignment.trace_methods import compare_to_none, hard, max_over_generations
 from mlc_notebooks.data import LabelSet, load_task
 from mlc_notebooks.engine import LikeliestOnly, SettingsChanged
@@ -274,6 +274,7 @@ def test_methods_and_statistics_say_how_many(partly_seen, tmp_path):
     assert lost and lost <= unseen
     assert scores.attrs["unseen_texts"] == len(lost)
     assert scores.attrs["bounded_mass"] == pytest.approx(trace.bounded_mass.mean())
+    assert mean_marginals([scores, scores]).attrs["unseen_texts"] == len(lost)
     assert not hard(trace).attrs and np.isnan(compare_to_none(trace)).any(axis=None)
 
     report = align_report({"max": scores, "hard": hard(trace)}, task)
