@@ -20,6 +20,7 @@ from .language_model import LanguageModel, vocabulary_hash
 from .loading import load_parts
 from .merging import merge_adapter
 from .names import first_line, shown
+from .vllm import load_vllm
 
 # %% ../../nbs/models/03_lm.ipynb #5f172eb6
 def _context_length(config) -> int:
@@ -117,23 +118,36 @@ def _load_base(name: str, base: str, dtype: torch.dtype, trust_remote_code: bool
         reason = first_line(error)
         raise OSError(f"{shown(name)} is an adapter on {shown(base)}: {reason}") from error
 
+# %% ../../nbs/models/03_lm.ipynb #8b37f53e
+def _load_vllm(name: str, dtype: str, device: str, trust_remote_code: bool) -> LanguageModel:
+    "The model after `vllm:`, on the device that vLLM was built for."
+    if device != "auto":
+        raise ValueError(
+            f"{shown(name)}: vLLM computes where its build does, so device={device!r} cannot be "
+            "chosen: leave it at 'auto'"
+        )
+    return load_vllm(name.removeprefix("vllm:"), dtype, trust_remote_code)
+
 # %% ../../nbs/models/03_lm.ipynb #18556807
 def load_lm(
-    name: str | Path = "smollm2-135m-emotions",  # a short name, a folder, or a hub id
+    name: str | Path = "smollm2-135m-emotions",  # a short name, a folder, a hub id, "vllm:..."
     dtype: str = "float32",  # "bfloat16" is faster where the CPU has it, and less exact
     device: str = "auto",  # "cpu", "cuda", ...; auto: a GPU where there is one
     trust_remote_code: bool = False,  # run Python code that comes with the model
-) -> LM:
-    """A causal language model, ready to be asked.
+) -> LanguageModel:
+    """A causal language model, ready to be asked: an `LM`, or what computes it elsewhere.
 
-    A folder with an adapter (peft) is merged into the model that it names. Raises
+    A folder with an adapter (peft) is merged into the model that it names. A name that begins with
+    "vllm:" is computed by vLLM, without a server (`models.vllm`). Raises
     `FileNotFoundError` for a folder that does not exist, holds no model or lacks a tokenizer,
     `OSError` for a name or a folder that cannot be loaded, `ValueError` for a damaged file, an
     adapter that cannot be merged, an unknown dtype or device.
     """
     torch_dtype = _float_dtype(dtype)
-    device = _usable_device(device)
     name = str(name)
+    if name.startswith("vllm:"):
+        return _load_vllm(name, dtype, device, trust_remote_code)
+    device = _usable_device(device)
 
     base, adapters = adapter_chain(name)
     if not adapters:
