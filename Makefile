@@ -15,7 +15,7 @@ ifneq ($(wildcard ../shared/data),)
 export MLC_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: demo lab check test test-servers lint sync-check docs-check readme readme-check fast-tests nbdev-test pytest tutorials adapter recorded benchmark benchmark-rivals benchmark-cost benchmark-training growth studies export constraints audit
+.PHONY: demo lab check test test-servers lint sync-check docs-check readme readme-check fast-tests nbdev-test pytest tutorials adapter recorded benchmark benchmark-rivals benchmark-cost benchmark-training benchmark-served growth studies export constraints audit
 
 demo: $(READY)
 	$(BIN)/mlc-probe --task goemotions brighter-eng --n 64 --sample main --seed 0 --out $(DEMO)
@@ -139,6 +139,9 @@ benchmark-cost: $(READY)
 
 benchmark-training: $(READY)
 	$(BIN)/python benchmarks/training.py
+
+benchmark-served: $(READY) $(RIVALS)/vllm/.installed
+	$(BIN)/python benchmarks/served.py --rivals $(RIVALS)
 
 benchmark-rivals: $(RIVALS)/vllm/.installed $(RIVALS)/llama/.installed
 

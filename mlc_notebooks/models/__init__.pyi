@@ -77,6 +77,7 @@ from .completions import read_choices as read_choices
 from .completions import watched_next as watched_next
 from .vllm import VllmLM as VllmLM
 from .vllm import load_vllm as load_vllm
+from .vllm import read_with_vllm as read_with_vllm
 from .servers import Server as Server
 from .servers import free_port as free_port
 from .servers import llama_command as llama_command

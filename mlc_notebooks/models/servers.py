@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/models/servers.html.md"""
 # %% auto #0
 __all__ = ['vllm_command', 'llama_command', 'free_port', 'Server', 'start_server']
 
-# %% ../../nbs/models/02j_servers.ipynb #ff81faea
+# %% ../../nbs/models/02j_servers.ipynb #ec458a20
 import json
 import os
 import signal
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from .quiet import bar_options
 
-# %% ../../nbs/models/02j_servers.ipynb #d313cc69
+# %% ../../nbs/models/02j_servers.ipynb #496573a1
 def vllm_command(
     folder: str | Path,  # of the model, or its hub id
     port: int,
@@ -57,7 +57,7 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
-# %% ../../nbs/models/02j_servers.ipynb #99203c33
+# %% ../../nbs/models/02j_servers.ipynb #3ecc23b2
 @dataclass(frozen=True)
 class Server:
     "A server that was started here."
@@ -77,7 +77,7 @@ def _served_model(url: str) -> str | None:
     except (OSError, ValueError):  # not there yet, or not yet ready
         return None
 
-
+# %% ../../nbs/models/02j_servers.ipynb #6a56579c
 def _last_lines(log: Path, count: int = 15) -> str:
     "The end of a server's log."
     return "\n".join(log.read_text(errors="replace").splitlines()[-count:])
@@ -105,7 +105,7 @@ def _wait(process: subprocess.Popen, url: str, log: Path, seconds: float, progre
         f"of its log, {log}:\n{_last_lines(log)}"
     )
 
-# %% ../../nbs/models/02j_servers.ipynb #edb65c13
+# %% ../../nbs/models/02j_servers.ipynb #7168eda5
 def _stop(process: subprocess.Popen, seconds: float = 20) -> None:
     "End a server and what it has started."
     process.terminate()
@@ -120,7 +120,7 @@ def _stop(process: subprocess.Popen, seconds: float = 20) -> None:
         except ProcessLookupError:
             pass  # nobody is left
 
-
+# %% ../../nbs/models/02j_servers.ipynb #78f226ca
 @contextmanager
 def start_server(
     command: Sequence[str],  # of `vllm_command` or `llama_command`

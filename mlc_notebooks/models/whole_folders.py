@@ -1,4 +1,4 @@
-"""A model as a folder that another engine can load, and the hash of its weights without loading them
+"""A model as a folder that another engine can load, and the hash of its stored weights
 
 Docs: https://mlc-notebooks.github.io/mlc_notebooks/models/whole_folders.html.md"""
 
@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/models/whole_folders.html.md
 # %% auto #0
 __all__ = ['whole_folder', 'stored_hash']
 
-# %% ../../nbs/models/02da_whole_folders.ipynb #928ad3ce
+# %% ../../nbs/models/02da_whole_folders.ipynb #963ec571
 import hashlib
 import os
 import shutil
@@ -26,7 +26,7 @@ from .loading import load_parts, model_folder
 from .merging import merge_adapter
 from .quiet import quiet_transformers
 
-# %% ../../nbs/models/02da_whole_folders.ipynb #cabe82e1
+# %% ../../nbs/models/02da_whole_folders.ipynb #967f2a85
 def _adapters_key(adapters: list[Path]) -> str:
     "12 hexadecimal digits for the settings and the weights of adapters, in their order."
     digest = hashlib.sha256()
@@ -45,7 +45,7 @@ def _save_merged(base: str, adapters: list[Path], folder: Path, code: bool) -> N
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-
+# %% ../../nbs/models/02da_whole_folders.ipynb #a263a00f
 def _put_in_place(aside: Path, folder: Path) -> None:
     "Rename a finished folder, unless another process has finished the same one meanwhile."
     try:
@@ -80,7 +80,7 @@ def whole_folder(name: str, trust_remote_code: bool = False) -> Path:
         shutil.rmtree(aside, ignore_errors=True)
     return folder
 
-# %% ../../nbs/models/02da_whole_folders.ipynb #09f6bd1a
+# %% ../../nbs/models/02da_whole_folders.ipynb #644e64d7
 def _stored_tensors(folder: Path) -> dict[str, Path]:
     "The names of all stored tensors, each with the file that holds it."
     from safetensors import safe_open
@@ -102,7 +102,7 @@ def _stored_hash_of(name: str, path: Path, dtype: torch.dtype | None) -> str:
         tensor = tensor.to(dtype)
     return tensor_hash(tensor)
 
-# %% ../../nbs/models/02da_whole_folders.ipynb #588f179f
+# %% ../../nbs/models/02da_whole_folders.ipynb #030ccd86
 def _model_tensors(folder: Path, code: bool) -> dict[str, torch.Tensor]:
     "The tensors of the model of a folder by their names, without numbers."
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -124,7 +124,7 @@ def _sources(wanted: dict[str, torch.Tensor], stored: dict[str, Path]) -> dict[s
         sources[name] = source
     return sources
 
-
+# %% ../../nbs/models/02da_whole_folders.ipynb #1558fda1
 def stored_hash(folder: Path, dtype: str = "float32", trust_remote_code: bool = False) -> str:
     """16 hexadecimal digits for the weights in a model's folder, read from its files.
 
