@@ -18,6 +18,7 @@ import numpy as np
 
 from .completions import watched_next
 from .language_model import LanguageModel, NextTokens, vocabulary_hash
+from .loading import TokenizerParts, load_tokenizer
 from .whole_folders import stored_hash, whole_folder
 
 # %% ../../nbs/models/02h_vllm.ipynb #28464a0b
@@ -42,16 +43,11 @@ def _vllm():
     return vllm
 
 # %% ../../nbs/models/02h_vllm.ipynb #1efc3cbe
-def _end_ids(folder: Path, tokenizer) -> list[int]:
-    "Tokens that end a text, as the folder's settings and the tokenizer have them."
-    from transformers import GenerationConfig
-
-    try:
-        of_model = GenerationConfig.from_pretrained(folder).eos_token_id
-    except OSError:
-        of_model = None
+def _end_ids(parts: TokenizerParts) -> list[int]:
+    "Tokens that end a text, as the model's settings and the tokenizer have them."
+    of_model = getattr(parts.generation, "eos_token_id", None)
     ends = of_model if isinstance(of_model, list) else [of_model]
-    return sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None})
+    return sorted({end for end in [*ends, parts.tokenizer.eos_token_id] if end is not None})
 
 
 def _parts(watch: Sequence[int]) -> Iterator[slice]:
@@ -70,7 +66,7 @@ def _check_numbers(lm: LanguageModel, told: Sequence[dict[int, float]]) -> None:
                 "dtype='float32'"
             )
 
-# %% ../../nbs/models/02h_vllm.ipynb #72bdff3c
+# %% ../../nbs/models/02h_vllm.ipynb #88fbe6f0
 def _ask(llm, rows: Sequence[Sequence[int]], **asked) -> tuple[list[dict[int, float]], int]:
     "The log-probabilities after each row, the likeliest token's first; how many tokens it took."
     from vllm import SamplingParams
@@ -84,19 +80,21 @@ def _ask(llm, rows: Sequence[Sequence[int]], **asked) -> tuple[list[dict[int, fl
     told = [dict(zip(row.token_ids, row.logprobs)) for row in found]
     return told, sum(map(len, rows)) - known
 
-# %% ../../nbs/models/02h_vllm.ipynb #0b4536ba
+# %% ../../nbs/models/02h_vllm.ipynb #a651addf
 class VllmLM(LanguageModel):
     "A causal language model that vLLM computes, without a server."
 
     device = "vllm"
 
-    def __init__(self, name: str, llm, tokenizer, folder: Path, trust_remote_code: bool = False):
+    def __init__(
+        self, name: str, llm, parts: TokenizerParts, folder: Path, trust_remote_code: bool = False
+    ):
         self.name = name
         self.llm = llm
-        self.tokenizer = tokenizer
+        self.tokenizer = parts.tokenizer
         self.folder = folder
         self.trust_remote_code = trust_remote_code
-        self.end_ids = _end_ids(folder, tokenizer)
+        self.end_ids = _end_ids(parts)
         settings = llm.llm_engine.vllm_config.model_config
         self.dtype = str(settings.dtype).removeprefix("torch.")
         self.vocabulary_size = settings.get_vocab_size()
@@ -122,7 +120,7 @@ class VllmLM(LanguageModel):
         "What the model predicts after each row of token ids; see `read_with_vllm`."
         return read_with_vllm(self, rows, watch)
 
-# %% ../../nbs/models/02h_vllm.ipynb #3a9b7a04
+# %% ../../nbs/models/02h_vllm.ipynb #f293f168
 def read_with_vllm(lm: VllmLM, rows: Sequence[Sequence[int]], watch: Sequence[int]) -> NextTokens:
     """What a model predicts after each row of token ids; `watch` are the tokens to tell.
 
@@ -159,10 +157,8 @@ def load_vllm(
     loaded, and vLLM's own errors for what it cannot run.
     """
     vllm = _vllm()
-    from transformers import AutoTokenizer
-
     folder = whole_folder(str(name), trust_remote_code)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    parts = load_tokenizer(folder, trust_remote_code)
     settings = dict(enable_prefix_caching=True, disable_log_stats=True) | options
     llm = vllm.LLM(str(folder), dtype=dtype, trust_remote_code=trust_remote_code, **settings)
-    return VllmLM(str(name), llm, tokenizer, folder, trust_remote_code)
+    return VllmLM(str(name), llm, parts, folder, trust_remote_code)
