@@ -134,7 +134,7 @@ def _check_no_server_options(name: str, options: dict) -> None:
             f"{shown(name)} is none"
         )
 
-# %% ../../nbs/models/03_lm.ipynb #af4dcb6c
+# %% ../../nbs/models/03_lm.ipynb #e250e865
 def _load_vllm(name: str, dtype: str, device: str, trust_remote_code: bool) -> LanguageModel:
     "The model after `vllm:`, on the device that vLLM was built for."
     if device != "auto":
@@ -156,9 +156,10 @@ def load_lm(
 
     A folder with an adapter (peft) is merged into the model that it names. "vllm:" before a name:
     vLLM computes it (`models.vllm`). An address (http://host:port/v1) is that of a server;
-    `models.served.load_served` has its options and errors. Raises `FileNotFoundError` for a folder that does not exist, holds no model or lacks a
-    tokenizer, `OSError` for a name or a folder that cannot be loaded, `ValueError` for a damaged
-    file, an adapter that cannot be merged, an unknown dtype or device.
+    `models.served.load_served` has its options and errors. Raises `FileNotFoundError` for a folder
+    that does not exist, holds no model or lacks a tokenizer, `OSError` for a name or a folder that
+    cannot be loaded, `ValueError` for a damaged file, an adapter that cannot be merged, an unknown
+    dtype or device.
     """
     name = str(name)
     if is_server(name):
