@@ -55,8 +55,7 @@ def offline(job: dict):
 def recorded_questions(texts: int, shots: int) -> list[dict]:
     "What a probing run asks: free decoding, the exact reading. Answered here by the local engine."
     from mlc_notebooks.data import load_task
-    from mlc_notebooks.engine import PackedTree
-    from mlc_notebooks.engine.tree import Node
+    from mlc_notebooks.engine import Node, PackedTree, TokenRows
     from mlc_notebooks.models import LanguageModel, NextTokens, load_lm
     from mlc_notebooks.probing import probe_steps
 
@@ -72,8 +71,9 @@ def recorded_questions(texts: int, shots: int) -> list[dict]:
 
         def read_next(self, rows, watch):
             questions.append({"rows": [list(map(int, row)) for row in rows], "watch": list(watch)})
-            tree = PackedTree(local)
-            found = tree.compute([Node(tree.root, row) for row in rows], watch)
+            known = TokenRows(rows)  # their common beginning is computed once
+            tree = PackedTree(local, known.shared)
+            found = tree.compute([Node(tree.root, tail) for tail in known.tails], watch)
             return NextTokens(found.logprobs, found.best, found.margin)
 
     task = load_task("goemotions").sample(texts, seed=0)

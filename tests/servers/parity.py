@@ -30,7 +30,7 @@ def check_steps(local, lm, texts, **how):
     ours, theirs = [frame[frame["example"].isin(alike)] for frame in frames]
     assert len(ours) == len(theirs) >= len(alike) * len(texts.labels.outcomes)
     for column in ("example", "step", "label", "wrote"):
-        assert (ours[column].to_numpy() == theirs[column].to_numpy()).all()
+        assert ours[column].fillna("").tolist() == theirs[column].fillna("").tolist()
     for column in ("prob", "mass", "go", "stop", "p_go"):
         np.testing.assert_allclose(theirs[column], ours[column], atol=CLOSE, err_msg=column)
 
@@ -69,6 +69,21 @@ def check_watching_many(local, lm):
     np.testing.assert_allclose(theirs.logprobs, ours.logprobs, atol=CLOSE)
     assert theirs.best == ours.best
     assert theirs.margin <= ours.margin + CLOSE
+
+
+def check_writing_on(local, lm, rows):
+    "What is written greedily is what the local model writes, and is read like rows of their own."
+    watch = local.encode_text(' the of\n"')
+    found = lm.write_on(rows, watch, most=6, stop=())
+    for row, written in zip(rows, found):
+        places = [[*row, *written.ids[:at]] for at in range(len(written.ids))]
+        tree = PlainTree(local)
+        ours = tree.compute([Node(tree.root, place) for place in places], watch)
+        sure = ours.margin > CLOSE
+        assert (ours.best == written.ids)[sure].all()
+        assert (written.next.best == written.ids).all()
+        np.testing.assert_allclose(written.next.logprobs, ours.logprobs, atol=CLOSE)
+        assert len(written.ids) == 6 or written.ids[-1] in local.end_ids
 
 
 ODD_TEXTS = [

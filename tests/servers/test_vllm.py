@@ -11,6 +11,7 @@ from parity import (
     check_odd_texts,
     check_steps,
     check_watching_many,
+    check_writing_on,
     methods_on_few_texts,
 )
 
@@ -58,6 +59,10 @@ def test_other_methods_agree(local, lm, texts, name):
 
 def test_more_tokens_than_one_request_may_name(local, lm):
     check_watching_many(local, lm)
+
+
+def test_it_writes_on(local, lm, texts):
+    check_writing_on(local, lm, [local.encode_text(text) for text in texts.texts[:4]])
 
 
 def test_emoji_newlines_and_digits_agree(local, lm):
