@@ -56,6 +56,7 @@ from .whole_folders import whole_folder as whole_folder
 from .language_model import LanguageModel as LanguageModel
 from .language_model import NextTokens as NextTokens
 from .language_model import NotOffered as NotOffered
+from .language_model import Written as Written
 from .language_model import check_any_token as check_any_token
 from .language_model import check_weights as check_weights
 from .language_model import has_weights as has_weights
@@ -85,7 +86,6 @@ from .served import SAME as SAME
 from .served import SAME_AT_ONCE as SAME_AT_ONCE
 from .served import ServedLM as ServedLM
 from .served import TOKENIZER_TEXTS as TOKENIZER_TEXTS
-from .served import Written as Written
 from .served import check_tokenizer as check_tokenizer
 from .served import choose_model as choose_model
 from .served import find_ability as find_ability

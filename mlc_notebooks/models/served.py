@@ -6,7 +6,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/models/served.html.md"""
 
 # %% auto #0
 __all__ = ['TOKENIZER_TEXTS', 'PROBE_TEXTS', 'SAME', 'SAME_AT_ONCE', 'is_server', 'choose_model', 'check_tokenizer', 'Ability',
-           'find_ability', 'Written', 'ServedLM', 'load_served']
+           'find_ability', 'ServedLM', 'load_served']
 
 # %% ../../nbs/models/02g_served.ipynb #7136d98f
 import hashlib
@@ -35,6 +35,7 @@ from mlc_notebooks.models.language_model import (
     LanguageModel,
     NextTokens,
     NotOffered,
+    Written,
     vocabulary_hash,
 )
 from .loading import TokenizerParts, load_tokenizer
@@ -295,13 +296,6 @@ def _rounded(values: Sequence[float]) -> str:
     return " ".join(f"{value:.2f}" for value in values)
 
 # %% ../../nbs/models/02g_served.ipynb #a267f40e
-class Written(NamedTuple):
-    "What a model wrote after a row of tokens, and what it predicted at each token."
-
-    ids: list[int]
-    next: NextTokens  # before each of the ids
-
-
 @dataclass(eq=False, repr=False)
 class ServedLM(LanguageModel):
     """A causal language model that a server computes.
