@@ -17,9 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from .completions import watched_next
-from .language_model import LanguageModel, NextTokens, vocabulary_hash
+from mlc_notebooks.models.language_model import (
+    LanguageModel,
+    NextTokens,
+    Written,
+    vocabulary_hash,
+)
 from .loading import TokenizerParts, load_tokenizer
-from .served import Written
 from .whole_folders import stored_hash, whole_folder
 
 # %% ../../nbs/models/02h_vllm.ipynb #28464a0b
@@ -73,7 +77,7 @@ def _check_numbers(lm: LanguageModel, told: Sequence[dict[int, float]]) -> None:
                 "dtype='float32'"
             )
 
-# %% ../../nbs/models/02h_vllm.ipynb #7e8f8214
+# %% ../../nbs/models/02h_vllm.ipynb #d917e9d8
 def _ask(llm, rows: Sequence[Sequence[int]], **asked) -> tuple[list, int]:
     "vLLM's answers to rows of tokens, and how many tokens they took."
     from vllm import SamplingParams
@@ -93,7 +97,7 @@ def _told(answer) -> list[dict[int, float]]:
         for begin, end in zip(flat.start_indices, flat.end_indices)
     ]
 
-# %% ../../nbs/models/02h_vllm.ipynb #7d7c9f01
+# %% ../../nbs/models/02h_vllm.ipynb #c9225aaf
 def complete_told(
     lm: "VllmLM", rows: Sequence[Sequence[int]], told: Sequence[dict], watch: Sequence[int]
 ) -> NextTokens:
@@ -117,7 +121,7 @@ def complete_told(
             found.margin[i] = first - second
     return found
 
-# %% ../../nbs/models/02h_vllm.ipynb #46a8e0ee
+# %% ../../nbs/models/02h_vllm.ipynb #60826e4c
 def _written(
     lm: "VllmLM", rows: Sequence[Sequence[int]], told: Sequence[list[dict]], watch: Sequence[int]
 ) -> list[Written]:
@@ -137,7 +141,7 @@ def _written(
         start = end
     return written
 
-# %% ../../nbs/models/02h_vllm.ipynb #2fc423a5
+# %% ../../nbs/models/02h_vllm.ipynb #e2b7d5bb
 class VllmLM(LanguageModel):
     "A causal language model that vLLM computes, without a server."
 
