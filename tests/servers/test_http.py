@@ -8,6 +8,7 @@ import pytest
 from parity import (
     FEW,
     METHODS_ON_ALL_TEXTS,
+    check_marginals,
     check_method,
     check_odd_texts,
     check_steps,
@@ -46,6 +47,10 @@ def test_steps_agree(local, lm, texts, decoding, reading):
 @pytest.mark.parametrize("name", METHODS_ON_ALL_TEXTS)
 def test_methods_agree(local, lm, texts, name):
     check_method(local, lm, texts.select(range(FEW)), name)
+
+
+def test_inclusion_marginals_agree(local, lm, texts):
+    check_marginals(local, lm, texts.select(range(FEW)))
 
 
 def test_more_tokens_than_one_request_may_name(local, lm):
