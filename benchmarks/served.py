@@ -30,7 +30,8 @@ def offline(job: dict):
     from vllm import LLM, SamplingParams
 
     options = dict(max_model_len=2048, enable_prefix_caching=True, disable_log_stats=True)
-    llm = LLM(job["folder"], dtype=job["dtype"], block_size=job["block_size"], **options)
+    options |= dict(block_size=job["block_size"], enforce_eager=job["eager"])
+    llm = LLM(job["folder"], dtype=job["dtype"], **options)
     how = dict(max_tokens=1, temperature=0, detokenize=False, flat_logprobs=True)
 
     def ask(question):
@@ -99,6 +100,8 @@ def run_served(python: Path, job: dict) -> list[dict]:
 
     port = free_port()
     options = ["--max-model-len", "2048", "--block-size", str(job["block_size"])]
+    if job["eager"]:
+        options.append("--enforce-eager")
     command = vllm_command(job["folder"], port, python, job["dtype"], options)
     environment = ENVIRONMENT | {"VLLM_SERVER_DEV_MODE": "1"}  # which has /reset_prefix_cache
     questions = json.loads(Path(job["questions"]).read_text())
@@ -156,6 +159,7 @@ def main(asked: argparse.Namespace):
         "dtype": asked.dtype,
         "block_size": asked.block_size,
         "repeats": asked.repeats,
+        "eager": asked.eager,
         "questions": str(path.resolve()),
         "log": str((asked.out / "offline.log").resolve()),
     }
@@ -182,6 +186,9 @@ if __name__ == "__main__":
     parser.add_argument("--rivals", type=Path, default=ROOT / ".venv-rivals")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "served")
     parser.add_argument("--only-offline", action="store_true", help="the tokens a text, no server")
+    parser.add_argument(
+        "--eager", action="store_true", help="both without torch.compile: to try it"
+    )
     parser.add_argument("--offline", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.offline:
