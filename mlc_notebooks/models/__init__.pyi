@@ -7,6 +7,7 @@ from . import merging as merging
 from . import hashes as hashes
 from . import loading as loading
 from . import language_model as language_model
+from . import chat_answers as chat_answers
 from . import lm as lm
 from . import tokens as tokens
 from . import encoders as encoders
@@ -47,6 +48,10 @@ from .language_model import check_any_token as check_any_token
 from .language_model import check_weights as check_weights
 from .language_model import has_weights as has_weights
 from .language_model import vocabulary_hash as vocabulary_hash
+from .chat_answers import ChatAnswer as ChatAnswer
+from .chat_answers import ReportedToken as ReportedToken
+from .chat_answers import Told as Told
+from .chat_answers import token_starts as token_starts
 from .lm import LM as LM
 from .lm import load_lm as load_lm
 from .tokens import AnswerTokens as AnswerTokens

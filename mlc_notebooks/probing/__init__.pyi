@@ -5,6 +5,7 @@ from . import saved as saved
 from . import trace as trace
 from . import asking as asking
 from . import internals as internals
+from . import reported as reported
 from . import steps as steps
 from . import estimate as estimate
 from .reading import FormTrie as FormTrie
@@ -37,6 +38,11 @@ from .asking import check_vocabulary as check_vocabulary
 from .asking import list_settings as list_settings
 from .internals import attention_shares as attention_shares
 from .internals import read_states as read_states
+from .reported import LabelBeginnings as LabelBeginnings
+from .reported import ReportedReader as ReportedReader
+from .reported import Seen as Seen
+from .reported import StopBeginnings as StopBeginnings
+from .reported import read_place as read_place
 from .steps import probe_steps as probe_steps
 from .estimate import Estimate as Estimate
 from .estimate import estimate_run as estimate_run
