@@ -160,6 +160,7 @@ _ALL_FLAGS = (
     Flag("repeated", "step", "an entry that was written before", True),
     Flag("invented", "step", "an entry that is no outcome of the task", True),
     Flag("forced", "step", "no entry was written; step 1 is read where a list would begin"),
+    Flag("unseen", "step", "no token of any outcome is among the likeliest that the model tells"),
     Flag("misaligned", "step", "the entry begins inside a token; its text is tokenised anew"),
 )
 FLAGS = {flag.name: flag for flag in _ALL_FLAGS}

@@ -6,6 +6,7 @@ from . import cache as cache
 from . import packed as packed
 from . import rows as rows
 from . import backend as backend
+from . import likeliest as likeliest
 from . import drafts as drafts
 from . import scheduler as scheduler
 from . import parts as parts
@@ -57,6 +58,8 @@ from .backend import Backend as Backend
 from .backend import backend_of as backend_of
 from .backend import packs as packs
 from .backend import prompt_tree as prompt_tree
+from .likeliest import LikeliestOnly as LikeliestOnly
+from .likeliest import keep_likeliest as keep_likeliest
 from .drafts import NgramDrafter as NgramDrafter
 from .scheduler import Prediction as Prediction
 from .scheduler import Request as Request

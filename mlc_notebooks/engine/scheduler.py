@@ -42,6 +42,8 @@ class Prediction:
     logprobs: np.ndarray  # (watched,)
     best: int  # the likeliest token
     margin: float  # its log-probability less the second's
+    each: float = -np.inf  # log of the most that a token can have that was not told (NaN)
+    rest: float = -np.inf  # and of the most that all of those have together
 
 
 def token_chain(node: Node, ids: Sequence[int]) -> list[Node]:
@@ -190,5 +192,9 @@ def continuous_batching(
 
 
 def _one_by_one(nodes: Sequence[Node], found: Predictions) -> Iterator[Prediction]:
-    for node, logprobs, best, margin in zip(nodes, found.logprobs, found.best, found.margin):
-        yield Prediction(node, logprobs, int(best), float(margin))
+    for i, node in enumerate(nodes):
+        one = Prediction(node, found.logprobs[i], int(found.best[i]), float(found.margin[i]))
+        if found.rest is not None:
+            one.each = float(found.each[i])
+            one.rest = float(found.rest[i])
+        yield one

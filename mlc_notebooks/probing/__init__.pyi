@@ -1,5 +1,6 @@
 from . import reading as reading
 from . import lazy as lazy
+from . import bounded as bounded
 from . import decoding as decoding
 from . import saved as saved
 from . import trace as trace
@@ -22,10 +23,17 @@ from .lazy import TrieArrays as TrieArrays
 from .lazy import to_read as to_read
 from .lazy import totals_of as totals_of
 from .lazy import usual_completion as usual_completion
+from .bounded import LikeliestReader as LikeliestReader
+from .bounded import SeenReading as SeenReading
+from .bounded import first_token_totals as first_token_totals
+from .bounded import seen_totals as seen_totals
+from .bounded import stop_ends as stop_ends
+from .bounded import untold_amounts as untold_amounts
 from .decoding import Decoded as Decoded
 from .decoding import NEAR_TIE as NEAR_TIE
 from .decoding import free_decoder as free_decoder
 from .decoding import guided_decoder as guided_decoder
+from .saved import END_COLUMNS as END_COLUMNS
 from .saved import STEP_COLUMNS as STEP_COLUMNS
 from .saved import read_trace as read_trace
 from .saved import write_trace as write_trace

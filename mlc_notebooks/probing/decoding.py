@@ -156,7 +156,7 @@ def _free_step(
         spelled = []
         if end is not None:
             spelled = list(zip(found.ids[begin:end], found.predictions[begin + 1 : end + 1]))
-        return Step(position, before.node, before.logprobs, written, after, flags, spelled)
+        return Step(position, before.node, before, written, after, flags, spelled)
     context = Node(start, encode_continuation(lm, found.text[: entry.start]))
     return Step(position, context, None, written, after, flags | {"misaligned"})
 
@@ -284,7 +284,7 @@ def guided_decoder(
         outcome, spelled, close = yield from _write_label(context, forms, reader)
         name = labels.outcomes[outcome]
         latest = spelled[-1][1]
-        step = Step(len(written), context.node, context.logprobs, name, latest, spelled=spelled)
+        step = Step(len(written), context.node, context, name, latest, spelled=spelled)
         steps.append(step)
         written.append(name)
         near_tie |= close

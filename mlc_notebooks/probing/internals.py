@@ -24,7 +24,7 @@ def _state_nodes(steps: Iterable[Step]) -> tuple[list[Node], list[int]]:
     "The nodes to compute for the states of some steps, and which of them are the steps' own."
     nodes, own = [], []
     for step in steps:
-        if step.logprobs is None:  # decoding has not computed the context
+        if step.before is None:  # decoding has not computed the context
             nodes.append(step.context)
         own.append(len(nodes))
         nodes.append(step.context.branch())

@@ -18,7 +18,7 @@ from scipy.special import logsumexp
 from ..data.checks import check_number
 from ..engine.scheduler import Prediction, Request
 from ..engine.tree import Node, in_chunks
-from .reading import FormTrie, Step, StepReader, check_possible
+from .reading import FormTrie, Step, StepReader, check_possible, p_go
 
 # %% ../../nbs/probing/00b_lazy.ipynb #b3f5e7a6
 def _spellings_below(trie: FormTrie) -> Counter:
@@ -61,6 +61,8 @@ class TrieArrays:
         count = np.array(list(below.values()), float)
         total = np.bincount(self.pair_node, count, len(self.parents))
         self.pair_share = count / total[self.pair_node]
+        outcomes_below = np.bincount(self.pair_node)
+        self.pair_alone = outcomes_below[self.pair_node] == 1  # below that node stands no other
 
 # %% ../../nbs/probing/00b_lazy.ipynb #b440a410
 def _divide(amount: np.ndarray, total: np.ndarray | float) -> np.ndarray:
@@ -74,7 +76,8 @@ class Totals:
 
     found: np.ndarray  # of spellings that were read to their end
     most: np.ndarray  # what unread branches can add at most
-    guess: np.ndarray  # and what they are taken to add
+    others: np.ndarray  # what they can add at most to all other outcomes together
+    guess: np.ndarray  # what they are taken to add
     unread: float  # all unread branches together
     scale: float = 0.0
 
@@ -84,13 +87,16 @@ class Totals:
         amount = self.found + self.guess
         return _divide(amount, amount.sum())
 
+    def ends(self) -> np.ndarray:
+        "The lowest and the highest share (L + 1, 2) that reading everything may give."
+        found = self.found.sum()
+        lowest = _divide(self.found, found + self.others)
+        highest = _divide(self.found + self.most, found + self.most)
+        return np.stack([lowest, highest], axis=1)
+
     def bound(self) -> np.ndarray:
         "How far each share (L + 1,) may be from what reading everything would give."
-        prob = self.prob
-        found = self.found.sum()
-        highest = _divide(self.found + self.most, found + self.most)
-        lowest = _divide(self.found, found + self.unread)
-        return np.maximum(highest - prob, prob - lowest)
+        return np.abs(self.ends() - self.prob[:, None]).max(axis=1)
 
 # %% ../../nbs/probing/00b_lazy.ipynb #0fa10d1a
 def usual_completion(
@@ -138,9 +144,17 @@ class PartialReading:
         parents = trie.parents[children]
         self.reach[children] = self.reach[parents] + rows[row[parents], trie.columns[children]]
 
+    def take_predictions(self, nodes: np.ndarray, predictions: Sequence[Prediction]) -> None:
+        "Nothing; takes in what is predicted after these n nodes."
+        self.take(nodes, np.stack([prediction.logprobs for prediction in predictions]))
+
     def unread(self) -> np.ndarray:
         "The nodes that are reached and were not read."
         return np.flatnonzero(~self.read & self.read[self.trie.parents])
+
+    def wanted(self, tolerance: float) -> np.ndarray:
+        "The nodes to read next; none if enough is read."
+        return to_read(self, tolerance)
 
 # %% ../../nbs/probing/00b_lazy.ipynb #63ff1617
 def totals_of(partial: PartialReading) -> Totals:
@@ -157,10 +171,12 @@ def totals_of(partial: PartialReading) -> Totals:
     completion = np.where(trie.inner, usual, 1.0)
     most = pending[trie.pair_node]
     guess = most * trie.pair_share * completion[trie.pair_node]
+    alone = np.bincount(trie.pair_outcome, most * trie.pair_alone, trie.outcomes)
     whole = trie.ends >= 0
     return Totals(
         found=np.bincount(trie.ends[whole], ended[whole], trie.outcomes),
         most=np.bincount(trie.pair_outcome, most, trie.outcomes),
+        others=np.maximum(pending.sum() - alone, 0.0),
         guess=np.bincount(trie.pair_outcome, guess, trie.outcomes),
         unread=float(pending.sum()),
         scale=scale,
@@ -171,7 +187,7 @@ def to_read(partial: PartialReading, tolerance: float) -> np.ndarray:
     "The nodes to read next, the likeliest first; none if all bounds are within the tolerance."
     unread = partial.unread()
     totals = totals_of(partial)
-    if totals.bound().max() <= tolerance:
+    if not len(unread) or totals.bound().max() <= tolerance:
         return unread[:0]
 
     order = np.argsort(-partial.reach[unread], kind="stable")
@@ -190,14 +206,14 @@ def to_read(partial: PartialReading, tolerance: float) -> np.ndarray:
 def _take_written(step: Step, partial: PartialReading) -> dict[int, Node]:
     "What decoding computed below the step is taken in; the nodes of it, by number in the trie."
     nodes = {0: step.context}
-    partial.take(np.array([0]), step.logprobs[None])
+    partial.take_predictions(np.array([0]), [step.before])
     ids = ()
     for token, prediction in step.spelled:
         ids += (token,)
         number = partial.trie.position.get(ids)
         if number is None:  # it wrote what is no label, or spelled one in its own way
             break
-        partial.take(np.array([number + 1]), prediction.logprobs[None])
+        partial.take_predictions(np.array([number + 1]), [prediction])
         nodes[number + 1] = prediction.node
     return nodes
 
@@ -210,10 +226,10 @@ class _OpenStep:
         self.partial = partial
         self.nodes = {0: step.context}  # of the prompt tree, by number in the trie
         self.asked = np.zeros(0, int)  # numbers of the nodes that were asked for last
-        self.after_quote = None  # what is predicted after a closing quote alone
+        self.after_quote = None  # the prediction after a closing quote alone
         asks = step.after is not None and quote is not None
         self.quote = Node(step.after.node, [quote]) if asks else None
-        if step.logprobs is not None:
+        if step.before is not None:
             self.nodes = _take_written(step, partial)
 
     def wanted(self, tolerance: float) -> list[Node]:
@@ -221,7 +237,7 @@ class _OpenStep:
         trie = self.partial.trie
         self.asked = np.array([0])
         if self.partial.read[0]:
-            self.asked = to_read(self.partial, tolerance)
+            self.asked = self.partial.wanted(tolerance)
         for number in self.asked[self.asked > 0].tolist():
             parent = self.nodes[int(trie.parents[number])]
             self.nodes[number] = Node(parent, [trie.tokens[number]])
@@ -236,11 +252,10 @@ class _OpenStep:
         leaves = self.asked[~self.partial.trie.inner[self.asked]]
         over = [self.nodes[number] for number in leaves.tolist()]
         if len(predictions) > count:
-            self.after_quote = predictions[count].logprobs
+            self.after_quote = predictions[count]
             over.append(self.quote)
         if count:
-            rows = np.stack([prediction.logprobs for prediction in predictions[:count]])
-            self.partial.take(self.asked, rows)
+            self.partial.take_predictions(self.asked, predictions[:count])
         return over
 
 # %% ../../nbs/probing/00b_lazy.ipynb #212f6fc3
@@ -272,12 +287,28 @@ def _reading_of(opened: _OpenStep, reader: StepReader) -> dict:
     values = (logs + totals.scale).astype(np.float32)
     check_possible(values, opened.step.position)
 
-    masses = {"go": np.nan, "stop": np.nan}
+    scale = np.exp(totals.scale)
+    found = float(scale * totals.found.sum())
+    return {
+        "values": values,
+        "mass": float(scale * amount.sum()),
+        **_stop_masses(opened, reader),
+        "bounds": totals.ends().astype(np.float32),
+        "mass_low": found,
+        "mass_high": found + float(scale * totals.unread),
+    }
+
+
+def _stop_masses(opened: _OpenStep, reader: StepReader) -> dict[str, float]:
+    "The masses of going on and of stopping, which are read in full, and p_go at both ends."
     after = opened.step.after
+    masses = {"go": np.nan, "stop": np.nan}
     if after is not None:
-        masses = reader.stop_masses(after.logprobs, opened.after_quote)
-    mass = float(np.exp(totals.scale) * amount.sum())
-    return {"values": values, "mass": mass, **masses, "bounds": totals.bound().astype(np.float32)}
+        quote = opened.after_quote
+        after_quote = None if quote is None else quote.logprobs
+        masses = reader.stop_masses(after.logprobs, after_quote)
+    share = p_go(masses["go"], masses["stop"])
+    return {**masses, "p_go_low": share, "p_go_high": share}
 
 # %% ../../nbs/probing/00b_lazy.ipynb #5c9b42fd
 _TOKENS_AT_ONCE = 512  # in the tries that are read together
@@ -305,8 +336,9 @@ class LazyReader:
     def read_steps(self, steps: Sequence[Step]) -> Generator[Request, list[Prediction], list[dict]]:
         """A generator for `continuous_batching` that returns the reading of each step.
 
-        A reading has what `probing.reading.read_steps` says, and `bounds` (L + 1,): how far the
-        probability of each outcome may be from that of the full reading.
+        A reading has what `probing.reading.read_steps` says, and both ends of what the full reading
+        may give: `bounds` (L + 1, 2) of the probability of each outcome, `mass_low` and
+        `mass_high`, `p_go_low` and `p_go_high`.
         """
         readings = []
         over = []
@@ -314,10 +346,19 @@ class LazyReader:
         for chunk in in_chunks(steps, sizes, _TOKENS_AT_ONCE):
             opened = [self._open(step) for step in chunk]
             over = yield from _read_together(opened, self.tolerance, over)
-            readings += [_reading_of(one, self.reader) for one in opened]
+            readings += [self._reading_of(one) for one in opened]
         return readings
 
     def _open(self, step: Step) -> _OpenStep:
         trie = self._later if step.position else self._first
-        partial = PartialReading(trie, self._terminators)
-        return _OpenStep(step, partial, self.reader.answer_tokens.bare)
+        return _OpenStep(step, self._partial(trie), self._quote(step))
+
+    def _partial(self, trie: TrieArrays) -> PartialReading:
+        return PartialReading(trie, self._terminators)
+
+    def _quote(self, step: Step) -> int | None:
+        "The closing quote, where what follows it alone is read."
+        return self.reader.answer_tokens.bare
+
+    def _reading_of(self, opened: _OpenStep) -> dict:
+        return _reading_of(opened, self.reader)

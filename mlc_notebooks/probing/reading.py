@@ -203,7 +203,7 @@ class Step:
 
     position: int  # how many labels stand before it
     context: Node  # its last token predicts the label
-    logprobs: np.ndarray | None  # (watched,) after the context; None: still to be computed
+    before: Prediction | None  # after the context; None: still to be computed
     written: str | None  # an outcome, or what was invented; None: nothing
     after: Prediction | None = None  # right after the label: whether to stop is decided here
     flags: set[str] = field(default_factory=set)
@@ -220,7 +220,7 @@ _TOKENS_AT_ONCE = 512  # that the steps of one answer ask for together
 
 def _nodes_of(step: Step, reader: StepReader) -> list[Node]:
     "What must be computed to read a step, parents first."
-    nodes = [] if step.logprobs is not None else [step.context]
+    nodes = [] if step.before is not None else [step.context]
     nodes += reader.trie_at(step.position).grow(step.context)
     quote = reader.answer_tokens.bare
     if step.after is not None and quote is not None:
@@ -230,9 +230,10 @@ def _nodes_of(step: Step, reader: StepReader) -> list[Node]:
 
 def _read_step(step: Step, reader: StepReader, found: list[np.ndarray]) -> dict:
     "The reading of one step, from watched log-probabilities (w,) after each of its nodes."
-    context = step.logprobs
-    if context is None:
+    if step.before is None:
         context, *found = found
+    else:
+        context = step.before.logprobs
     size = len(reader.trie_at(step.position).tokens)
     below = np.reshape(found[:size], (size, len(reader.watch)))
     values, mass = reader.read(step.position, context, below)

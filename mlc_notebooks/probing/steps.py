@@ -40,9 +40,10 @@ from mlc_notebooks.probing.asking import (
 )
 from .decoding import Decoded, free_decoder, guided_decoder
 from .internals import read_states
+from .bounded import LikeliestReader
 from .lazy import LazyReader
 from .reading import READINGS, Step, StepReader, read_steps
-from .saved import STEP_COLUMNS
+from .saved import END_COLUMNS, STEP_COLUMNS
 from .trace import Trace
 
 # %% ../../nbs/probing/05_steps.ipynb #3f7869be
@@ -70,7 +71,7 @@ class _Probe:
     decoding: str
     hidden: bool | str
     attention: bool
-    lazy_reader: LazyReader | None = None  # None: each step is read in full
+    lazy_reader: LazyReader | None = None  # reads as far as needed, or possible; None: in full
 
     @property
     def with_internals(self) -> bool:
@@ -176,12 +177,15 @@ def _stack(rows: list[dict], name: str) -> np.ndarray | None:
 
 def _step_table(ids: Sequence[str], answers: Sequence[list[dict]]) -> pd.DataFrame:
     "One row per step, from the rows of each answer."
+    columns = list(STEP_COLUMNS)
+    if "bounds" in answers[0][0]:
+        columns += END_COLUMNS
     numbered = [
-        (item, number, *(row[name] for name in STEP_COLUMNS))
+        (item, number, *(row[name] for name in columns))
         for item, answer in zip(ids, answers)
         for number, row in enumerate(answer, 1)
     ]
-    return pd.DataFrame(numbered, columns=["example", "step", *STEP_COLUMNS])
+    return pd.DataFrame(numbered, columns=["example", "step", *columns])
 
 
 def _assemble(
@@ -236,7 +240,11 @@ def _new_probe(lm: LanguageModel, asked: ListQuestions, how: dict, no_cache: boo
     "The probe of a run, with its tree."
     tree = prompt_tree(lm, asked.rows.shared, no_cache)
     reader = StepReader(asked.answer_tokens, how["reading"])
-    lazy_reader = LazyReader(reader, how["tolerance"]) if how["tolerance"] else None
+    lazy_reader = None
+    if lm.likeliest is not None:
+        lazy_reader = LikeliestReader(reader, how["tolerance"])
+    elif how["tolerance"]:
+        lazy_reader = LazyReader(reader, how["tolerance"])
     kept = (how["hidden"], how["attention"])
     return _Probe(tree, asked, reader, how["decoding"], *kept, lazy_reader)
 
@@ -260,6 +268,8 @@ def _run(
     kept = None
     if folder:
         kept = list_settings(lm, task, asked, **how, batch_size=batch_size, no_cache=no_cache)
+        if probe.lazy_reader is not None:
+            kept["bounds"] = "both ends"  # what is kept of a step
     found = in_batches(probe.batch, order, size, f"probing {task.name}", progress, folder, kept)
 
     made = {
@@ -340,5 +350,7 @@ def probe_steps(
     how = dict(seed=seed, decoding=decoding, reading=reading, chat=chat)
     how |= dict(tolerance=tolerance if reading == "exact" else 0.0)
     how |= dict(hidden=hidden, attention=attention)
+    if lm.likeliest is not None:
+        how |= dict(likeliest=lm.likeliest)
     settings = {**_what_was_asked(lm, task, asked), **how, "multi_share": multi_share}
     return _run(lm, task, asked, how, settings, batch_size, no_cache, folder, progress)

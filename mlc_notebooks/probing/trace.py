@@ -26,10 +26,10 @@ def _tidy(
     steps: pd.DataFrame,  # one row per step
     logprobs: np.ndarray,  # (steps, outcomes)
     outcomes: tuple[str, ...],
-    bounds: np.ndarray | None = None,  # (steps, outcomes)
+    bounds: np.ndarray | None = None,  # (steps, outcomes, 2)
 ) -> pd.DataFrame:
     "One row per step and outcome."
-    probs = softmax(logprobs.astype(float), axis=1)
+    probs = _shares(logprobs)
     tidy = steps.loc[steps.index.repeat(len(outcomes))].reset_index(drop=True)
     tidy.insert(2, "steps", tidy["example"].map(steps["example"].value_counts()))
     tidy.insert(3, "label", np.tile(np.array(outcomes), len(steps)))
@@ -39,8 +39,17 @@ def _tidy(
     tidy["p_go"] = p_go(tidy["go"], tidy["stop"])
     tidy["flags"] = tidy["flags"].map(" ".join)
     if bounds is not None:
-        tidy["bound"] = bounds.ravel()
+        tidy["low"] = bounds[:, :, 0].ravel()
+        tidy["high"] = bounds[:, :, 1].ravel()
     return tidy
+
+
+def _shares(logprobs: np.ndarray) -> np.ndarray:
+    "The softmax of each row, in float64; NaN in a row where nothing was seen."
+    values = logprobs.astype(float)
+    nothing = np.isneginf(values).all(axis=1)
+    values[nothing] = np.nan
+    return softmax(values, axis=1)
 
 # %% ../../nbs/probing/02_trace.ipynb #0a7eae80
 def _check_kept(trace: "Trace", layer: int, step: int):
@@ -79,10 +88,21 @@ def _states(trace: "Trace", layer: int, step: int) -> pd.DataFrame:
     return pd.DataFrame(found, pd.Index(kept["example"].iloc[rows], name="id"))
 
 # %% ../../nbs/probing/02_trace.ipynb #trline02
-def _one_line(made: dict, texts: int, steps: int) -> str:
-    made = defaultdict(lambda: "?", made)  # a trace made by hand may have few settings
+def _bounded_mass(bounds: np.ndarray) -> np.ndarray:
+    "(steps,) what the lowest probabilities of a step, the first ends (steps, L + 1, 2), leave over."
+    return np.clip(1 - bounds[:, :, 0].astype(float).sum(axis=1), 0, 1)
+
+
+def _one_line(trace: "Trace") -> str:
+    made = defaultdict(lambda: "?", trace.settings)  # a trace made by hand may have few settings
     asked = "{model}, {task}, {shots}-shot, {decoding}, {reading}".format_map(made)
-    return f"Trace of {texts} texts, {steps} steps: {asked}"
+    line = f"Trace of {len(trace.items)} texts, {len(trace.steps)} steps: {asked}"
+    if trace.likeliest is None:
+        return line
+    return (
+        f"{line}; of {trace.likeliest} tokens, {trace.bounded_mass.mean():.1%} of the probability "
+        f"bounded, {trace.unseen.sum()} steps unseen"
+    )
 
 
 def _written(labels: LabelSet, outcomes: tuple[str, ...]) -> np.ndarray:
@@ -101,18 +121,35 @@ class Trace:
     settings: dict
     hidden: np.ndarray | None = None  # (kept steps, layers + 1, width), see `states`
     attention: np.ndarray | None = None  # (steps, layers, 3), see `attention_shares`
-    bounds: np.ndarray | None = None  # (steps, L + 1) how far `probs` may be off; None: not at all
+    bounds: np.ndarray | None = None  # (steps, L + 1, 2) ends of `probs`; None: all was read
 
     def __len__(self):
         return len(self.items)
 
     def __repr__(self):
-        return _one_line(self.settings, len(self.items), len(self.steps))
+        return _one_line(self)
 
     @property
     def probs(self) -> np.ndarray:
-        "The softmax over the outcomes (steps, L + 1), in float64."
-        return softmax(self.logprobs.astype(float), axis=1)
+        "The softmax over the outcomes (steps, L + 1), in float64; NaN at a step that is `unseen`."
+        return _shares(self.logprobs)
+
+    @property
+    def likeliest(self) -> int | None:
+        "How many of the likeliest tokens the model told; None: any token."
+        return self.settings.get("likeliest")
+
+    @property
+    def unseen(self) -> np.ndarray:
+        "Whether nothing of any outcome was seen (steps,)."
+        return self.steps["flags"].map(lambda flags: "unseen" in flags).to_numpy(bool)
+
+    @property
+    def bounded_mass(self) -> np.ndarray:
+        "How much of each step's probability is not certain (steps,): 1 less the lowest ends."
+        if self.bounds is None:
+            return np.zeros(len(self.steps))
+        return _bounded_mass(self.bounds)
 
     def frame(self) -> pd.DataFrame:
         "A tidy table with one row per text, step and outcome."
