@@ -10,6 +10,7 @@ from . import language_model as language_model
 from . import http as http
 from . import completions as completions
 from . import chat_answers as chat_answers
+from . import chat as chat
 from . import lm as lm
 from . import tokens as tokens
 from . import encoders as encoders
@@ -73,6 +74,11 @@ from .chat_answers import ChatAnswer as ChatAnswer
 from .chat_answers import ReportedToken as ReportedToken
 from .chat_answers import Told as Told
 from .chat_answers import token_starts as token_starts
+from .chat import ChatLM as ChatLM
+from .chat import Wording as Wording
+from .chat import label_schema as label_schema
+from .chat import load_chat_lm as load_chat_lm
+from .chat import wordings as wordings
 from .lm import LM as LM
 from .lm import load_lm as load_lm
 from .tokens import AnswerTokens as AnswerTokens

@@ -7,13 +7,13 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/models/chat_answers.html.md"
 # %% auto #0
 __all__ = ['Told', 'ReportedToken', 'ChatAnswer', 'token_starts']
 
-# %% ../../nbs/models/02j_chat_answers.ipynb #e756b32f
+# %% ../../nbs/models/02j_chat_answers.ipynb #aef7f4ed
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# %% ../../nbs/models/02j_chat_answers.ipynb #b88898c2
+# %% ../../nbs/models/02j_chat_answers.ipynb #f6337448
 class Told(NamedTuple):
     "A token, as a server tells it."
 
@@ -38,7 +38,7 @@ class ReportedToken(NamedTuple):
         others = [one.logprob for one in self.others]
         return self.written.logprob - max(others, default=-math.inf)
 
-# %% ../../nbs/models/02j_chat_answers.ipynb #bfed507b
+# %% ../../nbs/models/02j_chat_answers.ipynb #9bf3332c
 _NO_CHARACTER = "\ufffd".encode()
 _MINUS_INFINITY = -9999.0  # what stands for it in JSON
 _ROUNDING = 1e-3  # that probabilities may have more than 1 in all
@@ -68,7 +68,7 @@ def _told(entry: dict) -> Told:
         logprob = -math.inf
     return Told(spelled, min(logprob, 0.0))
 
-# %% ../../nbs/models/02j_chat_answers.ipynb #68c3eb67
+# %% ../../nbs/models/02j_chat_answers.ipynb #6bd18723
 def _reported(entry: dict) -> ReportedToken:
     "A token with the likeliest others; raises `ValueError` where these are no probabilities."
     written = _told(entry)
@@ -81,7 +81,7 @@ def _reported(entry: dict) -> ReportedToken:
         raise ValueError(f"it reports tokens whose probabilities add up to {total:.3f}")
     return ReportedToken(written, tuple(told))
 
-# %% ../../nbs/models/02j_chat_answers.ipynb #3b892954
+# %% ../../nbs/models/02j_chat_answers.ipynb #4c5aadee
 _CUT = ("length", "content_filter")  # reasons to finish that are no end
 
 
@@ -94,7 +94,8 @@ class ChatAnswer:
     finished: bool = True  # False: it was cut at the limit of tokens, or by a filter
     reasoned: bool = False  # the server took reasoning out of the text
     prompt_tokens: int | None = None
-    build: str = ""  # what the server says about the model that answered
+    model: str = ""  # which answered, as the server names it
+    build: str = ""  # and of which build, where it says so
 
     @classmethod
     def read(cls, response: dict) -> "ChatAnswer":
@@ -107,7 +108,7 @@ class ChatAnswer:
         except (TypeError, LookupError, AttributeError) as error:
             raise ValueError(f"it answers {response!r:.200}, which is no answer") from error
 
-# %% ../../nbs/models/02j_chat_answers.ipynb #823c566b
+# %% ../../nbs/models/02j_chat_answers.ipynb #942032e5
 def _text_of(message: dict) -> str:
     "What a message says, or why it refuses to."
     text = message.get("content") or message.get("refusal") or ""
@@ -136,10 +137,11 @@ def _read_answer(response: dict) -> ChatAnswer:
         choice.get("finish_reason") not in _CUT,
         bool(message.get("reasoning") or message.get("reasoning_content")),
         _prompt_tokens(response),
-        f"{response.get('model')} {response.get('system_fingerprint') or ''}".strip(),
+        str(response.get("model") or ""),
+        str(response.get("system_fingerprint") or ""),
     )
 
-# %% ../../nbs/models/02j_chat_answers.ipynb #72044890
+# %% ../../nbs/models/02j_chat_answers.ipynb #e327b2fb
 def _running(sizes: Sequence[int], at: int) -> list[int]:
     "Where each of some pieces begins, the first one at `at`."
     starts = []
@@ -186,7 +188,7 @@ def _from_back(tokens: Sequence[ReportedToken], text: bytes) -> list[int | None]
             break
     return starts
 
-# %% ../../nbs/models/02j_chat_answers.ipynb #0411716f
+# %% ../../nbs/models/02j_chat_answers.ipynb #c5887e48
 def token_starts(answer: ChatAnswer) -> list[int | None]:
     "At which byte of the answer's text each token begins; None where that is not certain."
     text = answer.text.encode()

@@ -44,13 +44,16 @@ from .asking import ask_for_lists as ask_for_lists
 from .asking import check_collisions as check_collisions
 from .asking import check_vocabulary as check_vocabulary
 from .asking import list_settings as list_settings
+from .asking import prompts_for_lists as prompts_for_lists
 from .internals import attention_shares as attention_shares
 from .internals import read_states as read_states
+from .reported import ChatProbe as ChatProbe
 from .reported import LabelBeginnings as LabelBeginnings
 from .reported import ReportedReader as ReportedReader
 from .reported import Seen as Seen
 from .reported import StopBeginnings as StopBeginnings
 from .reported import read_place as read_place
+from .reported import reported_steps as reported_steps
 from .steps import probe_steps as probe_steps
 from .estimate import Estimate as Estimate
 from .estimate import estimate_run as estimate_run
