@@ -9,6 +9,7 @@ from . import loading as loading
 from . import language_model as language_model
 from . import http as http
 from . import completions as completions
+from . import served as served
 from . import chat_answers as chat_answers
 from . import chat as chat
 from . import lm as lm
@@ -30,6 +31,7 @@ from .fetch import fetch_model as fetch_model
 from .fetch import wheel_hash as wheel_hash
 from .folders import check_model_folder as check_model_folder
 from .folders import check_safetensors as check_safetensors
+from .folders import check_tokenizer_folder as check_tokenizer_folder
 from .folders import hub_folder as hub_folder
 from .adapters import ADAPTERS as ADAPTERS
 from .adapters import adapter_chain as adapter_chain
@@ -42,7 +44,9 @@ from .merging import merge_adapter as merge_adapter
 from .merging import settings_beyond_lora as settings_beyond_lora
 from .hashes import WeightHash as WeightHash
 from .hashes import weights_hash as weights_hash
+from .loading import TokenizerParts as TokenizerParts
 from .loading import load_parts as load_parts
+from .loading import load_tokenizer as load_tokenizer
 from .loading import model_folder as model_folder
 from .language_model import LanguageModel as LanguageModel
 from .language_model import NextTokens as NextTokens
@@ -70,6 +74,18 @@ from .completions import completion_request as completion_request
 from .completions import likeliest_next as likeliest_next
 from .completions import read_choices as read_choices
 from .completions import watched_next as watched_next
+from .served import Ability as Ability
+from .served import PROBE_TEXTS as PROBE_TEXTS
+from .served import SAME as SAME
+from .served import SAME_AT_ONCE as SAME_AT_ONCE
+from .served import ServedLM as ServedLM
+from .served import TOKENIZER_TEXTS as TOKENIZER_TEXTS
+from .served import Written as Written
+from .served import check_tokenizer as check_tokenizer
+from .served import choose_model as choose_model
+from .served import find_ability as find_ability
+from .served import is_server as is_server
+from .served import load_served as load_served
 from .chat_answers import ChatAnswer as ChatAnswer
 from .chat_answers import ReportedToken as ReportedToken
 from .chat_answers import Told as Told

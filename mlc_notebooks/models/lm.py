@@ -20,6 +20,7 @@ from .language_model import LanguageModel, vocabulary_hash
 from .loading import load_parts
 from .merging import merge_adapter
 from .names import first_line, shown
+from .served import is_server, load_served
 
 # %% ../../nbs/models/03_lm.ipynb #5f172eb6
 def _context_length(config) -> int:
@@ -117,23 +118,44 @@ def _load_base(name: str, base: str, dtype: torch.dtype, trust_remote_code: bool
         reason = first_line(error)
         raise OSError(f"{shown(name)} is an adapter on {shown(base)}: {reason}") from error
 
+# %% ../../nbs/models/03_lm.ipynb #7c42912b
+def _check_left_to_server(dtype: str, device: str) -> None:
+    "Raises `ValueError` for what only a model in this process can be given."
+    if dtype != "float32" or device != "auto":
+        raise ValueError("a server has its own dtype and device: leave both out")
+
+
+def _check_no_server_options(name: str, options: dict) -> None:
+    "Raises `ValueError` for options that only a server has."
+    if options:
+        raise ValueError(
+            f"{', '.join(options)}: only for a server's address (http://host:port/v1), and "
+            f"{shown(name)} is none"
+        )
+
 # %% ../../nbs/models/03_lm.ipynb #18556807
 def load_lm(
-    name: str | Path = "smollm2-135m-emotions",  # a short name, a folder, or a hub id
+    name: str | Path = "smollm2-135m-emotions",  # a short name, a folder, a hub id, an address
     dtype: str = "float32",  # "bfloat16" is faster where the CPU has it, and less exact
     device: str = "auto",  # "cpu", "cuda", ...; auto: a GPU where there is one
     trust_remote_code: bool = False,  # run Python code that comes with the model
-) -> LM:
+    **served,  # for a server only: model, tokenizer, likeliest, timeout, at_once, plain_key_host
+) -> LanguageModel:
     """A causal language model, ready to be asked.
 
-    A folder with an adapter (peft) is merged into the model that it names. Raises
-    `FileNotFoundError` for a folder that does not exist, holds no model or lacks a tokenizer,
-    `OSError` for a name or a folder that cannot be loaded, `ValueError` for a damaged file, an
-    adapter that cannot be merged, an unknown dtype or device.
+    A folder with an adapter (peft) is merged into the model that it names. An address
+    (http://host:port/v1) is that of a server; `models.served.load_served` has its options and
+    errors. Raises `FileNotFoundError` for a folder that does not exist, holds no model or lacks a
+    tokenizer, `OSError` for a name or a folder that cannot be loaded, `ValueError` for a damaged
+    file, an adapter that cannot be merged, an unknown dtype or device.
     """
+    name = str(name)
+    if is_server(name):
+        _check_left_to_server(dtype, device)
+        return load_served(name, trust_remote_code=trust_remote_code, **served)
+    _check_no_server_options(name, served)
     torch_dtype = _float_dtype(dtype)
     device = _usable_device(device)
-    name = str(name)
 
     base, adapters = adapter_chain(name)
     if not adapters:
