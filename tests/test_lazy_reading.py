@@ -15,9 +15,10 @@ from mlc_notebooks.models.tokens import Form
 from mlc_notebooks.probing import Trace, probe_steps, steps
 from mlc_notebooks.probing.lazy import PartialReading, TrieArrays, to_read, totals_of
 from mlc_notebooks.probing.reading import FormTrie
+from mlc_notebooks.probing.saved import END_COLUMNS
 
 TOLERANCE = 1e-4
-ROUNDING = 2e-6  # float32, in passes of other sizes
+ROUNDING = 5e-6  # float32, in passes of other sizes
 SHOWN = [("I can't wait for tonight!", ("joy",)), ("He shouted and I ran.", ("anger", "fear"))]
 TEXTS = ["My card was stolen in Rome!", "I am so glad that you came, but I miss my sister."]
 
@@ -84,8 +85,11 @@ def test_the_bound_holds_after_every_round(seed):
         assert (true <= (totals.found + totals.most) * scale + 1e-9).all()
         assert (0 <= totals.guess).all() and (totals.guess <= totals.most * (1 + 1e-9)).all()
         if true.sum() > 0:
-            apart = np.abs(totals.prob - true / true.sum())
-            assert (apart <= totals.bound() + 1e-9).all()
+            share = true / true.sum()
+            low, high = totals.ends().T
+            assert (low <= share + 1e-9).all() and (share <= high + 1e-9).all()
+            assert (low <= totals.prob + 1e-9).all() and (totals.prob <= high + 1e-9).all()
+            assert (np.abs(totals.prob - share) <= totals.bound() + 1e-9).all()
         wanted = to_read(partial, tolerance)
         if not len(wanted):
             break
@@ -121,12 +125,19 @@ def probed(lm, names, **options):
     return probe_steps(lm, TEXTS, **{**how, "shots": 0, **options})
 
 
+def farthest(lazy: Trace) -> float:
+    "How far any probability may be from its ends."
+    return np.abs(lazy.bounds - lazy.probs[:, :, None]).max()
+
+
 def assert_within_bounds(lazy: Trace, full: Trace, tolerance: float = TOLERANCE):
-    apart = np.abs(lazy.probs - full.probs)
     assert lazy.items.equals(full.items)
-    assert full.bounds is None and lazy.bounds.shape == lazy.logprobs.shape
-    assert (apart <= lazy.bounds + ROUNDING).all()
-    assert lazy.bounds.max() <= tolerance + ROUNDING
+    assert full.bounds is None and lazy.bounds.shape == (*lazy.logprobs.shape, 2)
+    low, high = np.moveaxis(lazy.bounds, 2, 0)
+    assert (low <= full.probs + ROUNDING).all() and (full.probs <= high + ROUNDING).all()
+    assert farthest(lazy) <= tolerance + ROUNDING
+    assert (lazy.steps["mass_low"] <= full.steps["mass"] + ROUNDING).all()
+    assert (full.steps["mass"] <= lazy.steps["mass_high"] + ROUNDING).all()
     assert np.isfinite(lazy.logprobs).all() and lazy.logprobs.dtype == full.logprobs.dtype
     np.testing.assert_allclose(lazy.steps["mass"], full.steps["mass"], atol=2 * tolerance)
     for column in ("go", "stop"):
@@ -158,7 +169,8 @@ def test_a_tolerance_of_one_part_in_a_billion_is_the_full_reading(tuned_lm):
     full = probed(tuned_lm, "27", tolerance=0)
     nearly = probed(tuned_lm, "27", tolerance=1e-9)
     np.testing.assert_allclose(nearly.logprobs, full.logprobs, atol=1e-3)
-    assert nearly.bounds.max() <= 1e-9 and nearly.bounds.dtype == np.float32
+    assert farthest(nearly) <= ROUNDING and nearly.bounds.dtype == np.float32
+    assert (nearly.bounds[:, :, 1] - nearly.bounds[:, :, 0]).max() <= ROUNDING
 
 
 @pytest.mark.parametrize("options", [dict(batch_size=1), dict(no_cache=True), dict(hidden=True)])
@@ -177,8 +189,8 @@ def test_a_step_that_decoding_did_not_compute(base_lm):
     full = probe_steps(base_lm, TEXTS, **ask, tolerance=0)
     assert full.steps["flags"].map(lambda flags: "forced" in flags).any()
     lazy = probe_steps(base_lm, TEXTS, **ask)
-    assert (np.abs(lazy.probs - full.probs) <= lazy.bounds + ROUNDING).all()
-    assert lazy.bounds.max() <= TOLERANCE + ROUNDING
+    assert (np.abs(lazy.probs - full.probs) <= TOLERANCE + ROUNDING).all()
+    assert farthest(lazy) <= TOLERANCE + ROUNDING
 
 
 def test_what_is_known_is_not_computed_again_and_memory_is_given_back(tuned_lm, monkeypatch):
@@ -237,17 +249,37 @@ def test_a_trace_keeps_its_bounds(tuned_lm, tmp_path):
     again = Trace.load(lazy.save(tmp_path))
     assert again.bounds.tobytes() == lazy.bounds.tobytes()
     assert again.settings["tolerance"] == TOLERANCE
-    assert again.frame()["bound"].tolist() == lazy.frame()["bound"].tolist()
+    assert again.frame().equals(lazy.frame())
 
     path = tmp_path / "trace.parquet"
     table = pd.read_parquet(path)
-    table.drop(columns="bound").to_parquet(path, index=False)  # as earlier versions saved it
+    for column in ("low", "high"):
+        for wrong in (-0.1, 2.0, np.nan, "much"):
+            table.assign(**{column: wrong}).to_parquet(path, index=False)
+            with pytest.raises(ValueError, match=f"trace.parquet is damaged.*{column}"):
+                Trace.load(tmp_path)
+
+
+def test_traces_of_earlier_versions_are_read(tuned_lm, tmp_path):
+    lazy = probed(tuned_lm, "27")
+    path = lazy.save(tmp_path) / "trace.parquet"
+    table = pd.read_parquet(path)
+    before = table.drop(columns=["low", "high", *END_COLUMNS])
+    before.to_parquet(path, index=False)  # as versions that read everything saved it
     old = Trace.load(tmp_path)
     assert old.bounds is None and old.logprobs.tobytes() == lazy.logprobs.tobytes()
-    for wrong in (-0.1, 2.0, np.nan, "much"):
-        table.assign(bound=wrong).to_parquet(path, index=False)
-        with pytest.raises(ValueError, match="trace.parquet is damaged.*bound"):
-            Trace.load(tmp_path)
+
+    apart = np.maximum(table["high"] - table["prob"], table["prob"] - table["low"])
+    before.assign(bound=apart.astype(np.float32)).to_parquet(path, index=False)  # and the next
+    old = Trace.load(tmp_path)
+    assert (old.bounds[:, :, 0] <= lazy.bounds[:, :, 0] + 1e-6).all()
+    assert (lazy.bounds[:, :, 1] <= old.bounds[:, :, 1] + 1e-6).all()
+    assert np.abs(old.bounds - lazy.bounds).max() <= TOLERANCE
+    assert "mass_low" not in old.frame() and old.bounded_mass.max() < 1e-2
+    assert Trace.load(old.save(tmp_path / "again")).bounds.tobytes() == old.bounds.tobytes()
+    before.assign(bound=2.0).to_parquet(path, index=False)
+    with pytest.raises(ValueError, match="trace.parquet is damaged.*bound"):
+        Trace.load(tmp_path)
 
 
 def test_a_run_goes_on_with_its_own_tolerance(tuned_lm, tmp_path):
@@ -268,7 +300,7 @@ def test_part_of_a_trace_keeps_its_bounds_and_a_calibrated_one_has_none(tuned_lm
     nobody = replace(task, annotations=[*task.annotations[:2], task.annotations[2][:0]])
     trace = probe_steps(tuned_lm, nobody, shots=0, progress=False)
     part = judged(trace, nobody)
-    assert len(part) == 2 and part.bounds.shape == part.logprobs.shape
+    assert len(part) == 2 and part.bounds.shape == (*part.logprobs.shape, 2)
     assert divide_prior(trace).bounds is None
 
 

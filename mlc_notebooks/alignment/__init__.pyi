@@ -61,6 +61,7 @@ from .trace_methods import hard as hard
 from .trace_methods import max_over_generations as max_over_generations
 from .trace_methods import max_over_generations_calibrated as max_over_generations_calibrated
 from .trace_methods import path_product as path_product
+from .trace_methods import score_ends as score_ends
 from .trace_methods import written_probability as written_probability
 from .questions import Answered as Answered
 from .questions import ask_questions as ask_questions

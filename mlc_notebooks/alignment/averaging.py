@@ -46,8 +46,9 @@ def _aligned(tables: Sequence[pd.DataFrame]) -> np.ndarray:
 def mean_marginals(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Mean of marginals (n, L) of the same items, rows and columns as in the first table.
 
-    `.attrs["variance"]` is the mean variance over the tables, 0 for one table. Raises `ValueError`
-    for no tables, and for tables of other items or labels than the first.
+    `.attrs["variance"]` is the mean variance over the tables, 0 for one table. What their attrs say
+    of a model that tells few tokens is averaged too. Raises `ValueError` for no tables, and for
+    tables of other items or labels than the first.
     """
     if not len(tables):
         raise ValueError("there are no tables to average: give at least one")
@@ -55,7 +56,11 @@ def mean_marginals(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     mean = pd.DataFrame(values.mean(axis=0), tables[0].index, tables[0].columns)
     mean.attrs["variance"] = 0.0
     if len(tables) > 1:
-        mean.attrs["variance"] = float(values.var(axis=0, ddof=1).mean())
+        mean.attrs["variance"] = float(np.nanmean(values.var(axis=0, ddof=1)))
+    bounded = [table.attrs["bounded_mass"] for table in tables if "bounded_mass" in table.attrs]
+    if bounded:
+        mean.attrs["bounded_mass"] = float(np.mean(bounded))
+        mean.attrs["unseen_texts"] = int(mean.isna().any(axis=1).sum())
     return mean
 
 # %% ../../nbs/alignment/08_averaging.ipynb #2c77522f

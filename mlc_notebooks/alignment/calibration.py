@@ -210,7 +210,13 @@ def step_prior(trace: Trace) -> np.ndarray:
     check_trace(trace)
     step = trace.steps["step"].to_numpy()
     probs = trace.probs
-    return np.stack([probs[step == number].mean(0) for number in range(1, step.max() + 1)])
+    return np.stack([_mean_seen(probs[step == number]) for number in range(1, step.max() + 1)])
+
+
+def _mean_seen(probs: np.ndarray) -> np.ndarray:
+    "The mean (L + 1,) of the rows in which something was seen; zeros where there are none."
+    seen = probs[~np.isnan(probs).any(axis=1)]
+    return seen.mean(0) if len(seen) else np.zeros(probs.shape[1])
 
 
 def _given_prior(prior: np.ndarray, outcomes: Sequence[str]) -> np.ndarray:
@@ -244,8 +250,9 @@ def divide_prior(trace: Trace, prior: np.ndarray | None = None) -> Trace:
         prior = np.maximum(step_prior(trace), np.finfo(float).tiny)
     prior = _given_prior(prior, trace.labels.outcomes)
     rows = np.minimum(trace.steps["step"].to_numpy() - 1, len(prior) - 1)
-    divided = np.log(trace.probs) - np.log(prior[rows])
-    total = np.logaddexp.reduce(divided, axis=1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):  # what was not seen has 0, or NaN
+        divided = np.log(trace.probs) - np.log(prior[rows])
+        total = np.logaddexp.reduce(divided, axis=1, keepdims=True)
     return replace(trace, logprobs=divided - total, bounds=None)
 
 

@@ -6,7 +6,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/trace_methods.html
 
 # %% auto #0
 __all__ = ['hard', 'compare_to_none', 'max_over_generations', 'written_probability', 'path_product', 'compare_to_none_calibrated',
-           'max_over_generations_calibrated']
+           'max_over_generations_calibrated', 'score_ends']
 
 # %% ../../nbs/alignment/03_trace_methods.ipynb #16956f42
 import numpy as np
@@ -15,7 +15,7 @@ from scipy.special import expit, softmax
 
 from .calibration import Platt, divide_prior
 from .registry import zero_shot_method
-from ..data.checks import check_number
+from ..data.checks import check_choice, check_number
 from ..metrics.alignment import EPS
 from ..metrics.inputs import check_trace
 from ..probing.reading import p_go
@@ -28,6 +28,14 @@ def _table(values: np.ndarray, trace: Trace) -> pd.DataFrame:
     if not trace.labels.is_multi:
         values = values / values.sum(axis=1, keepdims=True)
     return pd.DataFrame(values, trace.items.index, list(trace.labels))
+
+
+def _noted(table: pd.DataFrame, trace: Trace) -> pd.DataFrame:
+    "The table; its attrs say how much of the trace is bounded, where the model tells few tokens."
+    if trace.likeliest is not None:
+        table.attrs["bounded_mass"] = float(trace.bounded_mass.mean())
+        table.attrs["unseen_texts"] = int(table.isna().any(axis=1).sum())
+    return table
 
 
 def _largest_per_item(trace: Trace, values: np.ndarray) -> np.ndarray:
@@ -61,10 +69,11 @@ def compare_to_none(
     "sigmoid(log p(l) - log p(none)) at step 1, or of a `Platt` map of that difference."
     logprobs = _first_logprobs(trace)
     if not trace.labels.is_multi:
-        return _table(softmax(logprobs, axis=1), trace)
+        return _noted(_table(softmax(logprobs, axis=1), trace), trace)
 
-    log_odds = _table(logprobs[:, :-1] - logprobs[:, -1:], trace)
-    return expit(log_odds) if platt is None else platt(log_odds)
+    with np.errstate(invalid="ignore"):  # neither was seen: NaN
+        log_odds = _table(logprobs[:, :-1] - logprobs[:, -1:], trace)
+    return _noted(expit(log_odds) if platt is None else platt(log_odds), trace)
 
 
 @zero_shot_method("trace")
@@ -72,7 +81,7 @@ def max_over_generations(trace: Trace) -> pd.DataFrame:
     "The largest probability that a label has at any step of the answer."
     check_trace(trace)
     labels = len(trace.labels)
-    return _table(_largest_per_item(trace, trace.probs[:, :labels]), trace)
+    return _noted(_table(_largest_per_item(trace, trace.probs[:, :labels]), trace), trace)
 
 # %% ../../nbs/alignment/03_trace_methods.ipynb #d09ac1af
 def _is_written(trace: Trace) -> np.ndarray:
@@ -93,7 +102,7 @@ def _table_of_written(trace: Trace, values: np.ndarray) -> pd.DataFrame:
     marginals = _largest_per_item(trace, _is_written(trace) * values)
     if not trace.labels.is_multi:
         marginals = _uniform_where_zero(marginals)
-    return _table(marginals, trace)
+    return _noted(_table(marginals, trace), trace)
 
 
 @zero_shot_method("trace")
@@ -132,10 +141,40 @@ def path_product(trace: Trace) -> pd.DataFrame:
 @zero_shot_method("trace")
 def compare_to_none_calibrated(trace: Trace) -> pd.DataFrame:
     "Compare-to-none after each step's mean over all texts is divided out."
-    return compare_to_none(divide_prior(trace))
+    return _noted(compare_to_none(divide_prior(trace)), trace)
 
 
 @zero_shot_method("trace")
 def max_over_generations_calibrated(trace: Trace) -> pd.DataFrame:
     "Max-over-generations after each step's mean over all texts is divided out."
-    return max_over_generations(divide_prior(trace))
+    return _noted(max_over_generations(divide_prior(trace)), trace)
+
+# %% ../../nbs/alignment/03_trace_methods.ipynb #dd45c79a
+def score_ends(trace: Trace, method: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The lowest and the highest (n, L) that a method's marginals can be, given a trace's bounds.
+
+    `method` is "max_over_generations" or "compare_to_none". Raises `ValueError` for another method,
+    for a trace that was read in full and has no bounds, and for a single-label task.
+    """
+    check_choice("method", method, ("max_over_generations", "compare_to_none"))
+    check_trace(trace)
+    if trace.bounds is None:
+        raise ValueError("the trace was read in full: its marginals are what they are")
+    if not trace.labels.is_multi:
+        raise ValueError("ends of marginals are for tasks with several labels per text")
+    low, high = np.moveaxis(trace.bounds.astype(float), 2, 0)
+    if method == "max_over_generations":
+        lowest = _largest_per_item(trace, low[:, :-1])
+        highest = _largest_per_item(trace, high[:, :-1])
+    else:
+        first = (trace.steps["step"] == 1).to_numpy()
+        lowest = _share_of_two(low[first, :-1], high[first, -1:], if_none=0.0)
+        highest = _share_of_two(high[first, :-1], low[first, -1:], if_none=1.0)
+    return _table(lowest, trace), _table(highest, trace)
+
+
+def _share_of_two(label: np.ndarray, none: np.ndarray, if_none: float) -> np.ndarray:
+    "label / (label + none), and `if_none` where both are 0."
+    total = label + none
+    share = np.full(total.shape, if_none)
+    return np.divide(label, total, out=share, where=total > 0)

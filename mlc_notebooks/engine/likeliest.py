@@ -44,7 +44,7 @@ def keep_likeliest(
     return watched, each, rest
 
 # %% ../../nbs/engine/05b_likeliest.ipynb #08f1f038
-_ROWS_AT_ONCE = 64  # whose log-probabilities of the whole vocabulary are in memory
+_ROWS_AT_ONCE = 256  # whose log-probabilities of the whole vocabulary are in memory
 
 
 class LikeliestOnly(LanguageModel):

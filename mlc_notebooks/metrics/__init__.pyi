@@ -28,6 +28,7 @@ from .inputs import check_table as check_table
 from .inputs import check_trace as check_trace
 from .inputs import gold_of as gold_of
 from .inputs import judged as judged
+from .inputs import seen_texts as seen_texts
 from .profiles import first_step_marginals as first_step_marginals
 from .profiles import first_step_quality as first_step_quality
 from .profiles import known_values as known_values
@@ -67,6 +68,7 @@ from .comparison import AlignReport as AlignReport
 from .comparison import SHOWN_METRICS as SHOWN_METRICS
 from .comparison import align_report as align_report
 from .comparison import compare_methods as compare_methods
+from .phenomenon import bounded_shares as bounded_shares
 from .phenomenon import by_trace as by_trace
 from .phenomenon import phenomenon_table as phenomenon_table
 from .phenomenon import summarise as summarise

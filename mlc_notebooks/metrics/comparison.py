@@ -98,9 +98,25 @@ def _check_same_items(methods: dict[str, pd.DataFrame]):
             )
 
 
-def _methods_to_report(marginals, task: AnnotatedTexts) -> dict[str, pd.DataFrame]:
+def _without_unseen(methods: dict[str, pd.DataFrame]) -> tuple[dict[str, pd.DataFrame], int]:
+    """The tables less the items of which a method has no score, and how many these are.
+
+    A trace method says that there are such items (`unseen_texts` in the attrs of its table): the
+    model told its likeliest tokens only.
+    """
+    unseen = set()
+    for table in methods.values():
+        if getattr(table, "attrs", {}).get("unseen_texts"):
+            unseen.update(table.index[table.isna().any(axis=1)])
+    if not unseen:
+        return methods, 0
+    kept = {name: table[~table.index.isin(unseen)] for name, table in methods.items()}
+    return kept, len(unseen)
+
+
+def _methods_to_report(methods, task: AnnotatedTexts) -> dict[str, pd.DataFrame]:
     "Marginals (n, L) by method, checked: all are about the same items and the task's labels."
-    methods = _by_method(marginals)
+    methods = _by_method(methods)
     _check_names(methods)
     for name, table in methods.items():
         check_marginals(table, task.labels, name=f"the table of {name!r}")
@@ -134,13 +150,25 @@ def _left_out(count: int) -> str:
     return f" {count} items that nobody annotated are left out."
 
 
-def _note(task: AnnotatedTexts, eps: float, threshold: float, unasked: int = 0) -> str:
-    "How a report was made, in a sentence or two; `unasked` items have no annotations."
+def _not_seen(count: int) -> str:
+    "How many items have no score, as the end of a note; empty where all have one."
+    if not count:
+        return ""
+    return (
+        f" Left out: {count} with a label of which nothing was seen, since the model tells its "
+        "likeliest tokens only."
+    )
+
+
+def _note(
+    task: AnnotatedTexts, eps: float, threshold: float, unasked: int = 0, unseen: int = 0
+) -> str:
+    "How a report was made; `unasked` items have no annotations, `unseen` ones no score."
     shares = "aggregated labels (q is 0 or 1)" if task.aggregated else "q from annotators"
     return (
         f"{task.name}, {len(task)} items, {shares}; 95 % intervals over items; NLL in nats, "
         f"sum over labels, eps = {eps:g}; threshold {threshold:g}.{_absent_labels(task, threshold)}"
-        f"{_left_out(unasked)}"
+        f"{_left_out(unasked)}{_not_seen(unseen)}"
     )
 
 # %% ../../nbs/metrics/07_comparison.ipynb #3ce6413c
@@ -169,14 +197,16 @@ def align_report(
 ) -> AlignReport:
     """Every metric of every method, of the baselines and of people, with 95 % intervals over items.
 
-    Items that nobody annotated are left out, and counted in the note.
+    Items that nobody annotated are left out, and counted in the note. So are items without a score,
+    where the model told its likeliest tokens only.
     The label prior needs a train split, people need two annotators on some item; where there is
     none they are left out. Raises `ValueError` for no method, for one that is called like a row of
     the report, naming an item that one of the methods or the task does not have, and as
     `metric_table` does.
     """
     check_metric_options(eps, threshold, resamples)
-    given = _methods_to_report(marginals, task)
+    scored, unseen = _without_unseen(_by_method(marginals))
+    given = _methods_to_report(scored, task)
     methods = {name: _annotated_rows(table, task) for name, table in given.items()}
     shown = task.at(next(iter(methods.values())).index)
     unasked = len(next(iter(given.values()))) - len(shown)
@@ -186,7 +216,7 @@ def align_report(
         tables.append(found.assign(method=name))
     ceiling = noise_ceiling(shown, eps=eps, threshold=threshold, resamples=resamples)
     report = AlignReport(_with_people(tables, ceiling))
-    report.note = _note(shown, eps, threshold, unasked)
+    report.note = _note(shown, eps, threshold, unasked, unseen)
     return report
 
 # %% ../../nbs/metrics/07_comparison.ipynb #425b089e
@@ -226,7 +256,8 @@ def compare_methods(
     """
     check_choice("against", against, _by_method(marginals))
     items = {}
-    for name, table in marginals.items():
+    scored, _ = _without_unseen(marginals)
+    for name, table in scored.items():
         known = _annotated_rows(table, task)
         items[name] = _of_items(known, task, eps, threshold)
 

@@ -6,9 +6,11 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/metrics/inputs.html.md"""
 
 # %% auto #0
 __all__ = ['check_sets', 'check_shares', 'check_scores', 'check_same_shape', 'check_table', 'check_marginals', 'check_trace',
-           'gold_of', 'judged']
+           'gold_of', 'judged', 'seen_texts']
 
 # %% ../../nbs/metrics/00b_inputs.ipynb #89cf692e
+import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -131,7 +133,10 @@ def _check_first_steps(trace: Trace):
 
 
 def check_trace(trace: Trace):
-    "Raise `ValueError` for a trace without texts, or naming a step whose probabilities are NaN."
+    """Raise `ValueError` for a trace without texts, or naming a step whose probabilities are NaN.
+
+    A step at which nothing was seen (`unseen`) has no probabilities, and is no mistake.
+    """
     if not isinstance(trace, Trace):
         raise ValueError(f"trace is {type(trace).__name__}: give a Trace, as `probe_steps` does")
     if not len(trace.items):
@@ -142,7 +147,8 @@ def check_trace(trace: Trace):
 
 def _check_probs(trace: Trace):
     "Raise `ValueError` naming the first step whose probabilities are NaN."
-    broken = np.flatnonzero(np.isnan(trace.probs).any(axis=1))
+    no_numbers = np.isnan(trace.probs).any(axis=1)
+    broken = np.flatnonzero(no_numbers & ~trace.unseen)
     if len(broken):
         step = trace.steps.iloc[broken[0]]
         raise ValueError(
@@ -180,8 +186,11 @@ def judged(trace: Trace, task: AnnotatedTexts) -> Trace:
     ids = annotated(task.at(trace.items.index)).ids
     if not ids:
         raise ValueError(f"nobody annotated a text of {task.name}: there is nothing to judge by")
-    if len(ids) == len(trace):
-        return trace
+    return trace if len(ids) == len(trace) else _about(trace, ids)
+
+
+def _about(trace: Trace, ids: Sequence[str]) -> Trace:
+    "The part of a trace about some of its texts, without hidden states."
     kept = trace.steps["example"].isin(ids).to_numpy()
     return replace(
         trace,
@@ -192,3 +201,28 @@ def judged(trace: Trace, task: AnnotatedTexts) -> Trace:
         attention=None,
         bounds=None if trace.bounds is None else trace.bounds[kept],
     )
+
+# %% ../../nbs/metrics/00b_inputs.ipynb #902a7053
+def seen_texts(trace: Trace) -> Trace:
+    """The part of a trace about texts of which something was seen at each step.
+
+    Warns of the others, with their number. Raises `ValueError` as `check_trace` does, and where
+    there are others only.
+    """
+    check_trace(trace)
+    unseen = trace.steps.loc[trace.unseen, "example"].unique()
+    if not len(unseen):
+        return trace
+    kept = trace.items.index[~trace.items.index.isin(unseen)]
+    if not len(kept):
+        raise ValueError(
+            f"in each of {len(trace)} texts there is a step at which nothing of any outcome is "
+            f"among the {trace.likeliest} likeliest tokens: show examples (shots), or ask a model "
+            "that tells more tokens"
+        )
+    warnings.warn(
+        f"{len(unseen)} of {len(trace)} texts are left out: at some step nothing of any outcome is "
+        f"among the {trace.likeliest} likeliest tokens",
+        stacklevel=3,
+    )
+    return _about(trace, kept)

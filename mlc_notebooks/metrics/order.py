@@ -17,7 +17,7 @@ import pandas as pd
 from ..data.checks import check_whole
 from ..data.labels import LabelSet
 from ..data.texts import AnnotatedTexts
-from .inputs import check_trace, gold_of, judged
+from .inputs import check_trace, gold_of, judged, seen_texts
 from .profiles import first_step_marginals, label_ranking_precision
 from .statistics import mean_table
 from ..probing.trace import Trace
@@ -99,7 +99,7 @@ def next_labels(trace: Trace) -> pd.DataFrame:
     step all but second and runner_up are NaN. Where all labels are written and a repeat follows,
     there is no runner-up. A next entry that is no label counts as another label, without next_now.
     """
-    check_trace(trace)
+    trace = seen_texts(trace)
     rows = []
     for example, wrote, probs in _answers(trace):
         for row in _rows_of_answer(trace.labels, wrote, probs):
@@ -163,6 +163,7 @@ def first_and_final(trace: Trace) -> pd.DataFrame:
     Columns: example, labels (how many), top_k_match (0 or 1), order_correlation (Kendall's tau-b;
     NaN below two labels, or where all of them tie at step 1) and average_precision.
     """
+    trace = seen_texts(trace)
     first_steps = first_step_marginals(trace)
     precision = label_ranking_precision(first_steps, trace.predictions())
     rows = []
@@ -219,7 +220,7 @@ def rank_histogram(trace: Trace, ranks: Sequence[int] = (1, 2, 3, 4)) -> pd.Data
     Columns: rank, written_at ("1", "2", ... or "never"), quantity ("share"), value, low, high, n
     and rows (Figure 11). Ranks beyond the number of labels have no rows.
     """
-    check_trace(trace)
+    trace = seen_texts(trace)
     for rank in ranks:
         check_whole("a rank", rank, least=1)
     tidy = _steps_of_ranks(trace, ranks)

@@ -21,6 +21,7 @@ from mlc_notebooks.metrics.inputs import (
     check_trace,
     gold_of,
     judged,
+    seen_texts,
 )
 from mlc_notebooks.metrics.statistics import (
     bootstrap,
@@ -64,7 +65,7 @@ def step_profile(trace: Trace) -> pd.DataFrame:
     Columns: example, step, mass, steps (of the answer), top, second, ratio, entropy (bits, over
     Y+), entropy_labels (bits, over Y), p_go (the probability to go on after this label) and last.
     """
-    check_trace(trace)
+    trace = seen_texts(trace)
     profile = trace.steps[["example", "step", "mass"]].copy()
     profile["steps"] = profile["example"].map(profile["example"].value_counts())
     sharpness = _sharpness(trace.probs, len(trace.labels))
@@ -122,7 +123,7 @@ def sorted_profile(trace: Trace, step: int = 1) -> pd.DataFrame:
     Columns: rank (1 is the likeliest), quantity, value, low, high, n and rows. It has no rows where
     no answer has that step.
     """
-    check_trace(trace)
+    trace = seen_texts(trace)
     check_whole("step", step, least=1)
     wide = _ranked_at(trace, step).rename_axis("example").reset_index()
     tidy = wide.melt("example", var_name="rank", value_name="probability")
@@ -210,7 +211,7 @@ def first_step_quality(trace: Trace, task: AnnotatedTexts, resamples: int = 200)
     (label-ranking average precision) or the labels that all items have or all lack (AUROC).
     Raises `ValueError` naming an item that the task does not have, and for other labels.
     """
-    trace = judged(trace, task)
+    trace = seen_texts(judged(trace, task))
     first = first_step_marginals(trace)
     gold = gold_of(trace, task).to_numpy()
     entropy = step_profile(trace).query("step == 1")["entropy"]

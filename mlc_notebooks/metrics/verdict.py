@@ -17,7 +17,7 @@ from ..data.checks import check_whole
 from ..data.markup import html_part, html_table
 from ..data.texts import AnnotatedTexts
 from .evidence import Finding, answer_names, reading_evidence
-from .inputs import check_marginals, check_trace
+from .inputs import check_marginals, seen_texts
 from ..probing.trace import Trace
 
 # %% ../../nbs/metrics/11_verdict.ipynb #45f8f562
@@ -309,7 +309,7 @@ def reading_check(
     that the task or the marginals lack, for a trace without texts, and for NaN.
     """
     check_whole("seed", seed, least=0)
-    check_trace(trace)
+    trace = seen_texts(trace)
     evidence = reading_evidence(trace, task, _check_scored(marginals, trace), seed)
     rows = evidence.set_index("quantity")
     verdict = _verdict(rows)

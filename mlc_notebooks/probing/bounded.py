@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/probing/bounded.html.md"""
 # %% auto #0
 __all__ = ['SeenReading', 'untold_amounts', 'seen_totals', 'first_token_totals', 'stop_ends', 'LikeliestReader']
 
-# %% ../../nbs/probing/00c_bounded.ipynb #51c9757a
+# %% ../../nbs/probing/00c_bounded.ipynb #8d4cea23
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,7 +24,7 @@ from mlc_notebooks.probing.lazy import (
 )
 from .reading import FormTrie, Step, StepReader, check_possible, p_go
 
-# %% ../../nbs/probing/00c_bounded.ipynb #90ecb03a
+# %% ../../nbs/probing/00c_bounded.ipynb #8914dba0
 class SeenReading(PartialReading):
     "What is known of the trie at one step where only the likeliest tokens are told."
 
@@ -66,7 +66,7 @@ class SeenReading(PartialReading):
         nodes = self.unread()
         return nodes[self.trie.inner[nodes]]
 
-# %% ../../nbs/probing/00c_bounded.ipynb #9a638a2d
+# %% ../../nbs/probing/00c_bounded.ipynb #5e846562
 def _most_of(tokens: np.ndarray, each: np.ndarray, rest: np.ndarray) -> np.ndarray:
     "The most that so many tokens can have together that were not told."
     with np.errstate(divide="ignore"):
@@ -103,12 +103,12 @@ def untold_amounts(partial: SeenReading) -> tuple[np.ndarray, np.ndarray, float]
     reach = np.exp(partial.reach)
     each = partial.each[:, None]
     rest = partial.rest[:, None]
-    most, others, together = (
-        reach @ _most_of(tokens, each, rest) for tokens in (leading, every - alone, every)
-    )
+    most = reach @ _most_of(leading, each, rest)
+    others = reach @ _most_of(every - alone, each, rest)
+    together = reach @ _most_of(every, each, rest)
     return most, others, float(together[0])
 
-# %% ../../nbs/probing/00c_bounded.ipynb #7d8c9092
+# %% ../../nbs/probing/00c_bounded.ipynb #3da35957
 def seen_totals(partial: SeenReading) -> Totals:
     "What was seen of each outcome, and what may be more; nothing is guessed."
     told = totals_of(partial)
@@ -122,7 +122,7 @@ def seen_totals(partial: SeenReading) -> Totals:
         unread=scale * told.unread + together,
     )
 
-# %% ../../nbs/probing/00c_bounded.ipynb #9ee96bc0
+# %% ../../nbs/probing/00c_bounded.ipynb #d515c8f8
 def _first_token_trie(reader: StepReader, position: int) -> FormTrie:
     "Of each spelling its lead and its first token."
     cut = []
@@ -152,7 +152,7 @@ def first_token_totals(partial: SeenReading, trie: FormTrie) -> tuple[Totals, fl
     others = np.minimum(most.sum() - most, sharing * unread)  # those with the same token share it
     return Totals(found, most, others, np.zeros(len(found)), unread), mass
 
-# %% ../../nbs/probing/00c_bounded.ipynb #b3d809a7
+# %% ../../nbs/probing/00c_bounded.ipynb #263e3fda
 def _told(logprobs: np.ndarray) -> np.ndarray:
     "The log-probabilities, minus infinity where they were not told."
     return np.where(np.isnan(logprobs), -np.inf, logprobs)
@@ -192,7 +192,7 @@ def stop_ends(
         "p_go_high": 1.0 if np.isnan(high) else high,
     }
 
-# %% ../../nbs/probing/00c_bounded.ipynb #e0ba7342
+# %% ../../nbs/probing/00c_bounded.ipynb #14711d8c
 class LikeliestReader(LazyReader):
     """Reads steps, in both readings, from a model that tells only its likeliest tokens.
 
@@ -205,9 +205,8 @@ class LikeliestReader(LazyReader):
         self.whole = reader.reading == "exact"
         self._tries = [self._trie(position) for position in (0, 1)]
         outcomes = len(reader.answer_tokens.labels.outcomes)
-        self._first, self._later = (
-            TrieArrays(trie, reader.column, outcomes) for trie in self._tries
-        )
+        self._first = TrieArrays(self._tries[0], reader.column, outcomes)
+        self._later = TrieArrays(self._tries[1], reader.column, outcomes)
         self._terminators = reader.columns(reader.answer_tokens.terminators)
 
     def _trie(self, position: int) -> FormTrie:

@@ -89,7 +89,7 @@ def _states(trace: "Trace", layer: int, step: int) -> pd.DataFrame:
 
 # %% ../../nbs/probing/02_trace.ipynb #trline02
 def _bounded_mass(bounds: np.ndarray) -> np.ndarray:
-    "(steps,) what the lowest probabilities of a step, the first ends (steps, L + 1, 2), leave over."
+    "What the lowest probabilities of each step leave over (steps,); bounds (steps, L + 1, 2)."
     return np.clip(1 - bounds[:, :, 0].astype(float).sum(axis=1), 0, 1)
 
 
@@ -100,7 +100,7 @@ def _one_line(trace: "Trace") -> str:
     if trace.likeliest is None:
         return line
     return (
-        f"{line}; of {trace.likeliest} tokens, {trace.bounded_mass.mean():.1%} of the probability "
+        f"{line}; of {trace.likeliest} tokens, {trace.bounded_mass.mean():.2%} of the probability "
         f"bounded, {trace.unseen.sum()} steps unseen"
     )
 
@@ -142,6 +142,8 @@ class Trace:
     @property
     def unseen(self) -> np.ndarray:
         "Whether nothing of any outcome was seen (steps,)."
+        if self.likeliest is None:
+            return np.zeros(len(self.steps), bool)
         return self.steps["flags"].map(lambda flags: "unseen" in flags).to_numpy(bool)
 
     @property

@@ -69,7 +69,8 @@ def _steps_in_words(trace: Trace, item: str) -> str:
     mine = (trace.steps["example"] == item).to_numpy()
     tops = trace.probs[mine].max(axis=1)
     wrote = trace.steps.loc[mine, "wrote"]
-    steps = [f"{name or 'no list'} (largest {top:.2f})" for name, top in zip(wrote, tops)]
+    largest = ["nothing seen" if pd.isna(top) else f"largest {top:.2f}" for top in tops]
+    steps = [f"{name or 'no list'} ({top})" for name, top in zip(wrote, largest)]
     text = cut_text(trace.items.loc[item, "text"], most=100)
     return (
         f"Label probabilities step by step for “{text}”: the model writes {', then '.join(steps)}."

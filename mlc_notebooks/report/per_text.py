@@ -43,7 +43,7 @@ def text_table(
     (sum of |p - q| over labels) and q_<label>, the share of annotators.
     """
     probs = max_over_generations(trace)
-    doubt = np.minimum(probs, 1 - probs).sum(axis=1)
+    doubt = np.minimum(probs, 1 - probs).sum(axis=1, skipna=False)
     table = pd.DataFrame({"text": trace.items["text"], "written": trace.items["outcomes"]})
     first = "doubt"
     if task is not None:
@@ -108,11 +108,16 @@ def _bar(name: str, value: float, row: dict) -> dict:
     share = row.get(f"q_{name}", np.nan)
     return {
         "label": name,
-        "prob": f"{value:.2f}",
-        "width": f"{100 * value:.1f}",
+        "prob": _as_seen(value),
+        "width": f"{100 * np.nan_to_num(value):.1f}",
         "written": name in row["written"],
         "share": "" if np.isnan(share) else f"{100 * share:.1f}",
     }
+
+
+def _as_seen(prob: float) -> str:
+    "A probability with two digits, a question mark where nothing was seen."
+    return "?" if np.isnan(prob) else f"{prob:.2f}"
 
 # %% ../../nbs/report/05b_per_text.ipynb #3c92f235
 def _step_table(labels: LabelSet, steps: pd.DataFrame, probs: np.ndarray) -> dict:
@@ -120,10 +125,10 @@ def _step_table(labels: LabelSet, steps: pd.DataFrame, probs: np.ndarray) -> dic
     names = labels.outcomes
     wrote = list(steps["wrote"])
     kept = np.array([name in wrote or name == labels.none for name in names])
-    shown = shown_labels(probs.max(axis=0), kept)
+    shown = shown_labels(np.nan_to_num(probs).max(axis=0), kept)
     rows = []
     for i in shown:
-        cells = [(f"{prob:.2f}", names[i] == said) for prob, said in zip(probs[:, i], wrote)]
+        cells = [(_as_seen(prob), names[i] == said) for prob, said in zip(probs[:, i], wrote)]
         rows.append({"label": names[i], "cells": cells})
     heads = [_step_head(step) for step in steps.to_dict("records")]
     return {"heads": heads, "rows": rows, "left_out": len(names) - len(shown)}
@@ -133,6 +138,8 @@ def _step_head(step: dict) -> tuple[str, str]:
     "What was written at a step, and its label mass with the probability of going on."
     wrote = f"writes {step['wrote']}" if step["wrote"] else "wrote no list"
     line = f"label mass {step['mass']:.2f}"
+    if step.get("mass_high", 0) > step["mass"] + 0.005:
+        line += f" to {step['mass_high']:.2f}"
     if not np.isnan(step["p_go"]):
         line += f", goes on {step['p_go']:.2f}"
     return f"step {step['step']}: {wrote}", line

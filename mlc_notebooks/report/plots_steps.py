@@ -68,7 +68,8 @@ def _write_text_above(figure: Figure, text: str) -> None:
 
 
 def _steps_caption(trace: Trace, frame: pd.DataFrame) -> str:
-    tops = [f"{top:.0%}" for top in frame.groupby("step")["prob"].max()]
+    largest = frame.groupby("step")["prob"].max()
+    tops = ["an unknown share" if pd.isna(top) else f"{top:.0%}" for top in largest]
     model = trace.settings["model"]
     reading = trace.settings["reading"]
     return (

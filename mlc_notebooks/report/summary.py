@@ -106,7 +106,8 @@ def _summary_caption(following: pd.DataFrame) -> str:
 # %% ../../nbs/report/05_summary.ipynb #50d11c1c
 def run_summary(traces: dict[str, Trace]) -> pd.DataFrame:
     "One column per trace: counts, means with 95 % bootstrap intervals over texts, seconds."
-    return pd.DataFrame({name: _summary_column(trace) for name, trace in traces.items()})
+    columns = {name: _summary_column(trace) for name, trace in traces.items()}
+    return pd.DataFrame(columns).fillna("-")
 
 
 def _summary_column(trace: Trace) -> dict[str, str]:
@@ -135,7 +136,19 @@ def summary_sentence(trace: Trace) -> str:
         f"At step 1 the likeliest outcome has {first['top'].mean():.2f} on average and the second "
         f"{first['second'].mean():.2f} (n = {len(first)})"
     )
-    return f"{sharpness}; {_what_came_next(next_labels(trace)['runner_up_next'])}."
+    followed = _what_came_next(next_labels(trace)["runner_up_next"])
+    return f"{sharpness}; {followed}.{_what_is_bounded(trace)}"
+
+
+def _what_is_bounded(trace: Trace) -> str:
+    "How much of the probability is not certain, in a sentence; empty where any token is told."
+    if trace.likeliest is None:
+        return ""
+    return (
+        f" The model tells its {trace.likeliest} likeliest tokens only: "
+        f"{trace.bounded_mass.mean():.2%} of the probability at a step is not certain, and at "
+        f"{trace.unseen.sum()} of {len(trace.steps)} steps nothing was seen."
+    )
 
 
 def _what_came_next(is_next: pd.Series) -> str:
