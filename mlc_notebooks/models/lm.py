@@ -21,6 +21,7 @@ from .loading import load_parts
 from .merging import merge_adapter
 from .names import first_line, shown
 from .served import is_server, load_served
+from .vllm import load_vllm
 
 # %% ../../nbs/models/03_lm.ipynb #5f172eb6
 def _context_length(config) -> int:
@@ -133,6 +134,16 @@ def _check_no_server_options(name: str, options: dict) -> None:
             f"{shown(name)} is none"
         )
 
+# %% ../../nbs/models/03_lm.ipynb #e250e865
+def _load_vllm(name: str, dtype: str, device: str, trust_remote_code: bool) -> LanguageModel:
+    "The model after `vllm:`, on the device that vLLM was built for."
+    if device != "auto":
+        raise ValueError(
+            f"{shown(name)}: vLLM computes where its build does, so device={device!r} cannot be "
+            "chosen: leave it at 'auto'"
+        )
+    return load_vllm(name.removeprefix("vllm:"), dtype, trust_remote_code)
+
 # %% ../../nbs/models/03_lm.ipynb #18556807
 def load_lm(
     name: str | Path = "smollm2-135m-emotions",  # a short name, a folder, a hub id, an address
@@ -143,11 +154,12 @@ def load_lm(
 ) -> LanguageModel:
     """A causal language model, ready to be asked.
 
-    A folder with an adapter (peft) is merged into the model that it names. An address
-    (http://host:port/v1) is that of a server; `models.served.load_served` has its options and
-    errors. Raises `FileNotFoundError` for a folder that does not exist, holds no model or lacks a
-    tokenizer, `OSError` for a name or a folder that cannot be loaded, `ValueError` for a damaged
-    file, an adapter that cannot be merged, an unknown dtype or device.
+    A folder with an adapter (peft) is merged into the model that it names. "vllm:" before a name:
+    vLLM computes it (`models.vllm`). An address (http://host:port/v1) is that of a server;
+    `models.served.load_served` has its options and errors. Raises `FileNotFoundError` for a folder
+    that does not exist, holds no model or lacks a tokenizer, `OSError` for a name or a folder that
+    cannot be loaded, `ValueError` for a damaged file, an adapter that cannot be merged, an unknown
+    dtype or device.
     """
     name = str(name)
     if is_server(name):
@@ -155,6 +167,8 @@ def load_lm(
         return load_served(name, trust_remote_code=trust_remote_code, **served)
     _check_no_server_options(name, served)
     torch_dtype = _float_dtype(dtype)
+    if name.startswith("vllm:"):
+        return _load_vllm(name, dtype, device, trust_remote_code)
     device = _usable_device(device)
 
     base, adapters = adapter_chain(name)

@@ -1,0 +1,92 @@
+"""Comparisons of a model that is computed elsewhere with the same model in this process."""
+
+import numpy as np
+
+from mlc_notebooks.alignment import METHODS, zero_shot
+from mlc_notebooks.engine import Node, PlainTree
+from mlc_notebooks.probing import probe_steps
+
+CLOSE = 1e-3  # of a probability
+# These decide something by a threshold on the way: a text near it may get another value.
+BY_THRESHOLD = ("marginals_sampled", "depth_first")
+
+
+def written_alike(local_trace, trace):
+    "The texts with the same answer; the others are flagged as near ties, and are few."
+    ours, theirs = local_trace.items, trace.items
+    same = ours["output"] == theirs["output"]
+    for item in ours.index[~same]:
+        flags = {*ours.loc[item, "flags"], *theirs.loc[item, "flags"]}
+        assert "near_tie" in flags, f"{item}: {ours.loc[item]} and {theirs.loc[item]}"
+    assert same.mean() > 0.9
+    return ours.index[same]
+
+
+def check_steps(local, lm, texts, **how):
+    "Step distributions agree, and so do answers, but for near ties."
+    traces = [probe_steps(model, texts, 0, progress=False, **how) for model in (local, lm)]
+    alike = written_alike(*traces)
+    frames = [trace.frame() for trace in traces]
+    ours, theirs = [frame[frame["example"].isin(alike)] for frame in frames]
+    assert len(ours) == len(theirs) >= len(alike) * len(texts.labels.outcomes)
+    for column in ("example", "step", "label", "wrote"):
+        assert (ours[column].to_numpy() == theirs[column].to_numpy()).all()
+    for column in ("prob", "mass", "go", "stop", "p_go"):
+        np.testing.assert_allclose(theirs[column], ours[column], atol=CLOSE, err_msg=column)
+
+
+def check_method(local, lm, texts, name):
+    "The marginals of a zero-shot method agree."
+    ours, theirs = [
+        zero_shot(model, texts, [name], 0, progress=False)[name] for model in (local, lm)
+    ]
+    assert (ours.index == theirs.index).all()
+    apart = (ours - theirs).abs().max(axis=1)
+    if name in BY_THRESHOLD:
+        assert (apart < CLOSE).mean() >= 0.9, apart
+    else:
+        assert apart.max() < CLOSE, apart
+
+
+METHODS_ON_ALL_TEXTS = ("unary_breakdown", "binary_breakdown", "marginals")
+FEW = 8  # texts, for the other methods, which ask the same kinds of questions
+
+
+def methods_on_few_texts():
+    "The names of the other methods that ask the model themselves."
+    asking = [name for name, method in METHODS.items() if method.needs == "model"]
+    return [name for name in asking if name not in METHODS_ON_ALL_TEXTS]
+
+
+def check_watching_many(local, lm):
+    "More tokens than a request may name."
+    row = local.encode_text('What a day! I am so happy.\n{"label": ["')
+    watch = list(range(100, 400))
+    tree = PlainTree(local)
+    ours = tree.compute([Node(tree.root, row)], watch)
+    theirs = lm.read_next([row], watch)
+    assert theirs.logprobs.shape == (1, 300)
+    np.testing.assert_allclose(theirs.logprobs, ours.logprobs, atol=CLOSE)
+    assert theirs.best == ours.best
+    assert theirs.margin <= ours.margin + CLOSE
+
+
+ODD_TEXTS = [
+    "😀🇫🇷 ok",
+    "a\n\nb\r\n",
+    "2024 1,000",
+    "e\u0301\u00e9 ﷽",
+    "<|im_start|>user <|im_end|>",
+]
+
+
+def check_odd_texts(local, lm):
+    "Emoji, newlines, digits, accents and special tokens in texts have the same ids and numbers."
+    rows = [local.encode_text(text) for text in ODD_TEXTS]
+    assert [lm.encode_text(text) for text in ODD_TEXTS] == rows
+    tree = PlainTree(local)
+    watch = local.encode_text(' the of\n"')
+    ours = tree.compute([Node(tree.root, row) for row in rows], watch)
+    theirs = lm.read_next(rows, watch)
+    np.testing.assert_allclose(np.exp(theirs.logprobs), np.exp(ours.logprobs), atol=CLOSE)
+    assert (theirs.best == ours.best).all()
