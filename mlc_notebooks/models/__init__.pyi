@@ -109,6 +109,7 @@ from .chat import ChatLM as ChatLM
 from .chat import Wording as Wording
 from .chat import label_schema as label_schema
 from .chat import load_chat_lm as load_chat_lm
+from .chat import load_from_server as load_from_server
 from .chat import wordings as wordings
 from .lm import LM as LM
 from .lm import load_lm as load_lm

@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/probing/reported.html.md"""
 # %% auto #0
 __all__ = ['LabelBeginnings', 'StopBeginnings', 'Seen', 'read_place', 'ReportedReader', 'ChatProbe', 'reported_steps']
 
-# %% ../../nbs/probing/04b_reported.ipynb #fc40fbdc
+# %% ../../nbs/probing/04b_reported.ipynb #44aa90af
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import exp
@@ -34,7 +34,7 @@ from ..models.language_model import NotOffered
 from .asking import prompts_for_lists
 from .decoding import NEAR_TIE
 
-# %% ../../nbs/probing/04b_reported.ipynb #1d98d432
+# %% ../../nbs/probing/04b_reported.ipynb #cbe434cd
 def _spellings(labels: LabelSet, fmt: AnswerFormat, position: int) -> list[set[bytes]]:
     "Of each outcome what may be written for it after so many labels, its space and lead included."
     spaces = fmt.later_spaces if position else fmt.first_spaces
@@ -62,7 +62,7 @@ def _may_spell(begun: bytes, spelling: bytes, ends: Sequence[bytes]) -> bool:
     rest = begun[len(spelling) :]
     return any(_may_be(rest, end) for end in ends)
 
-# %% ../../nbs/probing/04b_reported.ipynb #e69d44a4
+# %% ../../nbs/probing/04b_reported.ipynb #1d247217
 class LabelBeginnings:
     "Tells which outcomes a text may spell, from its beginning."
 
@@ -82,7 +82,7 @@ class LabelBeginnings:
     def _may_be(self, begun: bytes, spellings: set[bytes]) -> bool:
         return any(_may_spell(begun, spelling, self.ends) for spelling in spellings)
 
-# %% ../../nbs/probing/04b_reported.ipynb #6399da48
+# %% ../../nbs/probing/04b_reported.ipynb #f06a3102
 class StopBeginnings:
     "Tells whether a text after a label may go on, or stop, from its beginning."
 
@@ -103,7 +103,7 @@ class StopBeginnings:
             begun = self.bare + begun[len(self.bare) :].lstrip()
         return np.array([any(_may_be(begun, mark) for mark in marks) for marks in self.marks])
 
-# %% ../../nbs/probing/04b_reported.ipynb #5c21aaf8
+# %% ../../nbs/probing/04b_reported.ipynb #93de6f9b
 @dataclass
 class Seen:
     "What the tokens told at one place say about n outcomes, as probabilities."
@@ -145,7 +145,7 @@ def _divide(part: np.ndarray, whole: np.ndarray | float, empty: float) -> np.nda
     np.divide(part, whole, out=share, where=np.greater(whole, 0))
     return share
 
-# %% ../../nbs/probing/04b_reported.ipynb #3fbe7a43
+# %% ../../nbs/probing/04b_reported.ipynb #39949c92
 _ROUNDING = 1e-5  # of probabilities that a server computes in float32
 
 
@@ -178,7 +178,7 @@ def _follows(starts: Sequence[int | None], at: int) -> bool:
     "Whether the place of the next token is known."
     return at + 1 < len(starts) and starts[at + 1] is not None
 
-# %% ../../nbs/probing/04b_reported.ipynb #1a8533e7
+# %% ../../nbs/probing/04b_reported.ipynb #7f7f9496
 def read_place(
     answer: ChatAnswer,
     starts: Sequence[int | None],  # as `token_starts` gives them
@@ -211,7 +211,7 @@ def read_place(
         at = at + 1 if goes_on else None
     return seen
 
-# %% ../../nbs/probing/04b_reported.ipynb #8f91325f
+# %% ../../nbs/probing/04b_reported.ipynb #9d07bd7e
 def _up_to_list(
     answer: ChatAnswer, starts: Sequence[int | None], labels: LabelSet, fmt: AnswerFormat
 ) -> str:
@@ -246,7 +246,7 @@ def _answer_flags(
         flags.add("not_greedy")
     return flags
 
-# %% ../../nbs/probing/04b_reported.ipynb #37d14dbf
+# %% ../../nbs/probing/04b_reported.ipynb #63332bdf
 def _read_label(seen: Seen | None, outcomes: int) -> dict:
     "The columns of a step about its outcomes; where nothing is told, nothing is known."
     if seen is None:
@@ -272,7 +272,7 @@ def _read_stop(seen: Seen | None) -> dict:
     go, stop = seen.found
     return {"go": float(go), "stop": float(stop), "p_go_low": float(low), "p_go_high": float(high)}
 
-# %% ../../nbs/probing/04b_reported.ipynb #3ffd2fa3
+# %% ../../nbs/probing/04b_reported.ipynb #cfd1f8c5
 class ReportedReader:
     "Reads the steps of answers that a chat server reports."
 
@@ -336,7 +336,7 @@ def _flagged(row: dict, flags: set[str] | frozenset[str]) -> dict:
     unseen = {"unseen"} if row["mass"] == 0 else set()
     return {**row, "flags": tuple(sorted(flags | unseen))}
 
-# %% ../../nbs/probing/04b_reported.ipynb #b5640a5e
+# %% ../../nbs/probing/04b_reported.ipynb #cf241712
 def _room(labels: LabelSet, fmt: AnswerFormat) -> int:
     "Tokens for the longest list, at most."
     return len(fmt.render(labels.names, labels).encode()) + 16
@@ -392,7 +392,7 @@ class ChatProbe:
             **asked,
         )
 
-# %% ../../nbs/probing/04b_reported.ipynb #20c6beb7
+# %% ../../nbs/probing/04b_reported.ipynb #4ff186f5
 def _check_chat(lm: ChatLM, fmt: AnswerFormat, long_text: str):
     "Raises `NotOffered` for what cannot be asked in a chat."
     if long_text == "truncate":
