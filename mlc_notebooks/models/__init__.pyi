@@ -106,6 +106,7 @@ from .servers import llama_command as llama_command
 from .servers import start_server as start_server
 from .servers import vllm_command as vllm_command
 from .chat import ChatLM as ChatLM
+from .chat import NoTokens as NoTokens
 from .chat import Wording as Wording
 from .chat import label_schema as label_schema
 from .chat import load_chat_lm as load_chat_lm

@@ -7,6 +7,7 @@ from . import trace as trace
 from . import asking as asking
 from . import internals as internals
 from . import reported as reported
+from . import in_chats as in_chats
 from . import steps as steps
 from . import estimate as estimate
 from .reading import FormTrie as FormTrie
@@ -47,13 +48,14 @@ from .asking import list_settings as list_settings
 from .asking import prompts_for_lists as prompts_for_lists
 from .internals import attention_shares as attention_shares
 from .internals import read_states as read_states
-from .reported import ChatProbe as ChatProbe
 from .reported import LabelBeginnings as LabelBeginnings
-from .reported import ReportedReader as ReportedReader
 from .reported import Seen as Seen
 from .reported import StopBeginnings as StopBeginnings
 from .reported import read_place as read_place
-from .reported import reported_steps as reported_steps
+from .reported import token_at as token_at
+from .in_chats import ChatProbe as ChatProbe
+from .in_chats import ReportedReader as ReportedReader
+from .in_chats import reported_steps as reported_steps
 from .steps import probe_steps as probe_steps
 from .estimate import Estimate as Estimate
 from .estimate import estimate_run as estimate_run

@@ -46,10 +46,10 @@ from mlc_notebooks.probing.asking import (
 )
 from .bounded import LikeliestReader
 from .decoding import Decoded, free_decoder, guided_decoder
+from .in_chats import reported_steps
 from .internals import read_states
 from .lazy import LazyReader
 from .reading import READINGS, Step, StepReader, read_steps
-from .reported import reported_steps
 from .saved import END_COLUMNS, STEP_COLUMNS
 from .trace import Trace
 
