@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/decisions.html.md"
 # %% auto #0
 __all__ = ['QUESTION', 'decision_requests', 'read_decisions', 'Decisions', 'ask_decisions']
 
-# %% ../../nbs/alignment/04b_decisions.ipynb #6924bb13
+# %% ../../nbs/alignment/04b_decisions.ipynb #1b08fd0d
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..models.http import JsonClient, Refused
 from ..models.language_model import LanguageModel, NotOffered
 from ..models.served import ServedLM
 
-# %% ../../nbs/alignment/04b_decisions.ipynb #a53c3551
+# %% ../../nbs/alignment/04b_decisions.ipynb #d434a6fb
 QUESTION = 'Is "{label}" one of the {label_noun} that fit this text?'
 _AT_ONCE = 64  # questions in a request
 
@@ -55,7 +55,7 @@ def decision_requests(model: str, text: str, questions: Sequence[dict]) -> list[
         requests.append({"model": model, "state": text, "questions": some})
     return requests
 
-# %% ../../nbs/alignment/04b_decisions.ipynb #7294fe61
+# %% ../../nbs/alignment/04b_decisions.ipynb #c950efd8
 def _share(value) -> float:
     "A number from 0 to 1; raises `ValueError` for anything else."
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1 + 1e-4:
@@ -80,7 +80,7 @@ def read_decisions(responses: Sequence[dict], labels: int) -> np.ndarray:
         raise WrongAnswer(f"the server answers {len(found)} questions, {labels} were asked")
     return np.array([found[str(i)] for i in range(labels)])
 
-# %% ../../nbs/alignment/04b_decisions.ipynb #1d160d22
+# %% ../../nbs/alignment/04b_decisions.ipynb #356b79f2
 @dataclass(frozen=True)
 class Decisions:
     "What a model decided about each text and label: two tables (n, L) by item id."
@@ -112,7 +112,7 @@ def _answers(lm: LanguageModel, requests: Sequence[list[dict]]) -> Iterator[list
     except Refused as error:
         raise NotOffered(f"{lm.name} decides nothing here: {error}") from None
 
-# %% ../../nbs/alignment/04b_decisions.ipynb #51bce08b
+# %% ../../nbs/alignment/04b_decisions.ipynb #c4a8755b
 def ask_decisions(
     lm: LanguageModel,
     task: AnnotatedTexts,

@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/models/chat.html.md"""
 # %% auto #0
 __all__ = ['Wording', 'wordings', 'label_schema', 'NoTokens', 'ChatLM', 'load_chat_lm', 'load_from_server']
 
-# %% ../../nbs/models/02k_chat.ipynb #e1f586e2
+# %% ../../nbs/models/02k_chat.ipynb #c546303d
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +26,7 @@ from .http import JsonClient, ServerError
 from .language_model import LanguageModel, NotOffered
 from .served import choose_model, load_served
 
-# %% ../../nbs/models/02k_chat.ipynb #739fcf1c
+# %% ../../nbs/models/02k_chat.ipynb #5a7aced2
 @dataclass(frozen=True)
 class Wording:
     "How a server wants to be asked."
@@ -66,7 +66,7 @@ def wordings(top: int) -> Iterator[Wording]:
     for count, limit, extra in product([top, *fewer], limits, extras):
         yield Wording(count, limit, extra)
 
-# %% ../../nbs/models/02k_chat.ipynb #2563c678
+# %% ../../nbs/models/02k_chat.ipynb #82d77f01
 def label_schema(labels: LabelSet) -> dict:
     "The JSON schema of an answer that lists some of these labels, or none."
     most = len(labels) if labels.is_multi else 1
@@ -98,7 +98,7 @@ def _same_place(one: ReportedToken, other: ReportedToken) -> bool:
     both = [told for told in one.told if told.spelled in known]
     return bool(both) and all(abs(told.logprob - known[told.spelled]) < _SAME for told in both)
 
-# %% ../../nbs/models/02k_chat.ipynb #f5a08513
+# %% ../../nbs/models/02k_chat.ipynb #a90f87ec
 _NO_TOKENS = (
     "is asked in a chat and takes no token ids, so it offers only probe_steps with free decoding: "
     "for anything else load the model's folder or hub id, or a server that takes token ids, such "
@@ -115,7 +115,7 @@ class NoTokens(LanguageModel):
     tokenizer = vocabulary_size = context_length = end_ids = token_texts = property(_refuse)
     encode_text = encode_prompt = decode = tokens_beginning = read_next = _refuse
 
-# %% ../../nbs/models/02k_chat.ipynb #781bdf3e
+# %% ../../nbs/models/02k_chat.ipynb #a411ce30
 @dataclass(eq=False, repr=False)
 class ChatLM(NoTokens):
     "A model that a server computes and that can only be reached through a chat."
@@ -167,7 +167,7 @@ class ChatLM(NoTokens):
         for response in self.client.ask_many(self.path, bodies):
             yield _read_checked(self, response)
 
-# %% ../../nbs/models/02k_chat.ipynb #79dbda62
+# %% ../../nbs/models/02k_chat.ipynb #b287fc2a
 def _read_checked(lm: "ChatLM", response: dict) -> ChatAnswer:
     "The answer in a server's JSON, from the same model as before."
     try:
@@ -181,7 +181,7 @@ def _read_checked(lm: "ChatLM", response: dict) -> ChatAnswer:
         )
     return answer
 
-# %% ../../nbs/models/02k_chat.ipynb #109a646f
+# %% ../../nbs/models/02k_chat.ipynb #1ecc140c
 _HELLO = [{"role": "user", "content": "Say hello."}]
 
 
@@ -232,7 +232,7 @@ def _check_structured(lm: ChatLM) -> None:
         )
     lm.after_mask = not _same_place(kept.tokens[0], free.tokens[0])
 
-# %% ../../nbs/models/02k_chat.ipynb #ce8ee100
+# %% ../../nbs/models/02k_chat.ipynb #b31030a5
 def load_chat_lm(
     url: str,  # of the server, up to and with /v1
     model: str | None = None,  # its name there; None: the only one
@@ -269,7 +269,7 @@ def load_chat_lm(
     lm.thinking = thinking
     return lm
 
-# %% ../../nbs/models/02k_chat.ipynb #f6626c07
+# %% ../../nbs/models/02k_chat.ipynb #10202a61
 def load_from_server(
     url: str,
     chat: bool | None = None,  # ask in chats; None: where token ids are not offered

@@ -1,4 +1,4 @@
-"""What a chat server reports about an answer: its text, its tokens, and the likeliest tokens in their place
+"""What a chat server reports: an answer, its tokens, and the likeliest ones in their place
 
 Docs: https://mlc-notebooks.github.io/mlc_notebooks/models/chat_answers.html.md"""
 
@@ -7,13 +7,13 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/models/chat_answers.html.md"
 # %% auto #0
 __all__ = ['Told', 'ReportedToken', 'ChatAnswer', 'token_starts']
 
-# %% ../../nbs/models/02j_chat_answers.ipynb #aef7f4ed
+# %% ../../nbs/models/02j_chat_answers.ipynb #149c2d90
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# %% ../../nbs/models/02j_chat_answers.ipynb #f6337448
+# %% ../../nbs/models/02j_chat_answers.ipynb #e324f206
 class Told(NamedTuple):
     "A token, as a server tells it."
 
@@ -38,7 +38,7 @@ class ReportedToken(NamedTuple):
         others = [one.logprob for one in self.others]
         return self.written.logprob - max(others, default=-math.inf)
 
-# %% ../../nbs/models/02j_chat_answers.ipynb #9bf3332c
+# %% ../../nbs/models/02j_chat_answers.ipynb #10c5518f
 _NO_CHARACTER = "\ufffd".encode()
 _MINUS_INFINITY = -9999.0  # what stands for it in JSON
 _ROUNDING = 1e-3  # that probabilities may have more than 1 in all
@@ -68,7 +68,7 @@ def _told(entry: dict) -> Told:
         logprob = -math.inf
     return Told(spelled, min(logprob, 0.0))
 
-# %% ../../nbs/models/02j_chat_answers.ipynb #6bd18723
+# %% ../../nbs/models/02j_chat_answers.ipynb #92c5519e
 def _reported(entry: dict) -> ReportedToken:
     "A token with the likeliest others; raises `ValueError` where these are no probabilities."
     written = _told(entry)
@@ -81,7 +81,7 @@ def _reported(entry: dict) -> ReportedToken:
         raise ValueError(f"it reports tokens whose probabilities add up to {total:.3f}")
     return ReportedToken(written, tuple(told))
 
-# %% ../../nbs/models/02j_chat_answers.ipynb #4c5aadee
+# %% ../../nbs/models/02j_chat_answers.ipynb #8efb2f2f
 _CUT = ("length", "content_filter")  # reasons to finish that are no end
 
 
@@ -108,7 +108,7 @@ class ChatAnswer:
         except (TypeError, LookupError, AttributeError) as error:
             raise ValueError(f"it answers {response!r:.200}, which is no answer") from error
 
-# %% ../../nbs/models/02j_chat_answers.ipynb #942032e5
+# %% ../../nbs/models/02j_chat_answers.ipynb #fd54a51c
 def _text_of(message: dict) -> str:
     "What a message says, or why it refuses to."
     text = message.get("content") or message.get("refusal") or ""
@@ -141,7 +141,7 @@ def _read_answer(response: dict) -> ChatAnswer:
         str(response.get("system_fingerprint") or ""),
     )
 
-# %% ../../nbs/models/02j_chat_answers.ipynb #e327b2fb
+# %% ../../nbs/models/02j_chat_answers.ipynb #7cd7450d
 def _running(sizes: Sequence[int], at: int) -> list[int]:
     "Where each of some pieces begins, the first one at `at`."
     starts = []
@@ -188,7 +188,7 @@ def _from_back(tokens: Sequence[ReportedToken], text: bytes) -> list[int | None]
             break
     return starts
 
-# %% ../../nbs/models/02j_chat_answers.ipynb #c5887e48
+# %% ../../nbs/models/02j_chat_answers.ipynb #3d33621d
 def token_starts(answer: ChatAnswer) -> list[int | None]:
     "At which byte of the answer's text each token begins; None where that is not certain."
     text = answer.text.encode()

@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/probing/reported.html.md"""
 # %% auto #0
 __all__ = ['LabelBeginnings', 'StopBeginnings', 'Seen', 'token_at', 'read_place']
 
-# %% ../../nbs/probing/04b_reported.ipynb #f491a164
+# %% ../../nbs/probing/04b_reported.ipynb #458a0708
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from ..data.answers import AnswerFormat, answer_format
 from ..data.labels import LabelSet, nfc, surface_forms
 from ..models.chat_answers import ChatAnswer, ReportedToken, token_starts
 
-# %% ../../nbs/probing/04b_reported.ipynb #92a915d6
+# %% ../../nbs/probing/04b_reported.ipynb #3c239f7c
 def _spellings(labels: LabelSet, fmt: AnswerFormat, position: int) -> list[set[bytes]]:
     "Of each outcome what may be written for it after so many labels, its space and lead included."
     spaces = fmt.later_spaces if position else fmt.first_spaces
@@ -47,7 +47,7 @@ def _may_spell(begun: bytes, spelling: bytes, ends: Sequence[bytes]) -> bool:
     rest = begun[len(spelling) :]
     return any(_may_be(rest, end) for end in ends)
 
-# %% ../../nbs/probing/04b_reported.ipynb #52954677
+# %% ../../nbs/probing/04b_reported.ipynb #e5737f6a
 class LabelBeginnings:
     "Tells which outcomes a text may spell, from its beginning."
 
@@ -67,7 +67,7 @@ class LabelBeginnings:
     def _may_be(self, begun: bytes, spellings: set[bytes]) -> bool:
         return any(_may_spell(begun, spelling, self.ends) for spelling in spellings)
 
-# %% ../../nbs/probing/04b_reported.ipynb #c69f1b42
+# %% ../../nbs/probing/04b_reported.ipynb #78f09646
 class StopBeginnings:
     "Tells whether a text after a label may go on, or stop, from its beginning."
 
@@ -88,7 +88,7 @@ class StopBeginnings:
             begun = self.bare + begun[len(self.bare) :].lstrip()
         return np.array([any(_may_be(begun, mark) for mark in marks) for marks in self.marks])
 
-# %% ../../nbs/probing/04b_reported.ipynb #d097cf30
+# %% ../../nbs/probing/04b_reported.ipynb #bc0b1ea1
 @dataclass
 class Seen:
     "What the tokens told at one place say about n outcomes, as probabilities."
@@ -130,7 +130,7 @@ def _divide(part: np.ndarray, whole: np.ndarray | float, empty: float) -> np.nda
     np.divide(part, whole, out=share, where=np.greater(whole, 0))
     return share
 
-# %% ../../nbs/probing/04b_reported.ipynb #a46d3992
+# %% ../../nbs/probing/04b_reported.ipynb #96014362
 _ROUNDING = 1e-5  # of probabilities that a server computes in float32
 
 
@@ -163,7 +163,7 @@ def _follows(starts: Sequence[int | None], at: int) -> bool:
     "Whether the place of the next token is known."
     return at + 1 < len(starts) and starts[at + 1] is not None
 
-# %% ../../nbs/probing/04b_reported.ipynb #a402f949
+# %% ../../nbs/probing/04b_reported.ipynb #09b08eba
 def _take_token(
     seen: Seen,
     token: ReportedToken,
