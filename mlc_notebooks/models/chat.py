@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/models/chat.html.md"""
 # %% auto #0
 __all__ = ['Wording', 'wordings', 'label_schema', 'NoTokens', 'ChatLM', 'load_chat_lm', 'load_from_server']
 
-# %% ../../nbs/models/02k_chat.ipynb #c546303d
+# %% ../../nbs/models/02k_chat.ipynb #36c9f6a9
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,14 +26,17 @@ from .http import JsonClient, ServerError
 from .language_model import LanguageModel, NotOffered
 from .served import choose_model, load_served
 
-# %% ../../nbs/models/02k_chat.ipynb #5a7aced2
+# %% ../../nbs/models/02k_chat.ipynb #4273d11f
+_NO_PENALTY = (("repetition_penalty", 1.0), ("repeat_penalty", 1.0))  # vLLM's name, llama.cpp's
+
+
 @dataclass(frozen=True)
 class Wording:
     "How a server wants to be asked."
 
     top: int  # likeliest tokens to tell at each place
     limit: str = "max_tokens"  # what the limit of an answer's tokens is called
-    extra: tuple[tuple[str, float], ...] = (("repetition_penalty", 1.0),)  # beside the standard
+    extra: tuple[tuple[str, float], ...] = _NO_PENALTY  # beside the standard
 
     def request(
         self,
@@ -62,11 +65,11 @@ def wordings(top: int) -> Iterator[Wording]:
     "The ways of asking for `top` likeliest tokens, the best one first, then with fewer tokens."
     fewer = [count for count in (20, 10, 5) if count < top]
     limits = ("max_tokens", "max_completion_tokens")
-    extras = ((("repetition_penalty", 1.0),), ())
+    extras = (_NO_PENALTY, _NO_PENALTY[:1], ())
     for count, limit, extra in product([top, *fewer], limits, extras):
         yield Wording(count, limit, extra)
 
-# %% ../../nbs/models/02k_chat.ipynb #82d77f01
+# %% ../../nbs/models/02k_chat.ipynb #aba711fa
 def label_schema(labels: LabelSet) -> dict:
     "The JSON schema of an answer that lists some of these labels, or none."
     most = len(labels) if labels.is_multi else 1
@@ -98,7 +101,7 @@ def _same_place(one: ReportedToken, other: ReportedToken) -> bool:
     both = [told for told in one.told if told.spelled in known]
     return bool(both) and all(abs(told.logprob - known[told.spelled]) < _SAME for told in both)
 
-# %% ../../nbs/models/02k_chat.ipynb #a90f87ec
+# %% ../../nbs/models/02k_chat.ipynb #95d256a6
 _NO_TOKENS = (
     "is asked in a chat and takes no token ids, so it offers only probe_steps with free decoding: "
     "for anything else load the model's folder or hub id, or a server that takes token ids, such "
@@ -115,7 +118,7 @@ class NoTokens(LanguageModel):
     tokenizer = vocabulary_size = context_length = end_ids = token_texts = property(_refuse)
     encode_text = encode_prompt = decode = tokens_beginning = read_next = _refuse
 
-# %% ../../nbs/models/02k_chat.ipynb #a411ce30
+# %% ../../nbs/models/02k_chat.ipynb #f35aea0d
 @dataclass(eq=False, repr=False)
 class ChatLM(NoTokens):
     "A model that a server computes and that can only be reached through a chat."
@@ -167,7 +170,7 @@ class ChatLM(NoTokens):
         for response in self.client.ask_many(self.path, bodies):
             yield _read_checked(self, response)
 
-# %% ../../nbs/models/02k_chat.ipynb #b287fc2a
+# %% ../../nbs/models/02k_chat.ipynb #1074aa94
 def _read_checked(lm: "ChatLM", response: dict) -> ChatAnswer:
     "The answer in a server's JSON, from the same model as before."
     try:
@@ -181,7 +184,7 @@ def _read_checked(lm: "ChatLM", response: dict) -> ChatAnswer:
         )
     return answer
 
-# %% ../../nbs/models/02k_chat.ipynb #1ecc140c
+# %% ../../nbs/models/02k_chat.ipynb #3656c6c1
 _HELLO = [{"role": "user", "content": "Say hello."}]
 
 
@@ -232,7 +235,7 @@ def _check_structured(lm: ChatLM) -> None:
         )
     lm.after_mask = not _same_place(kept.tokens[0], free.tokens[0])
 
-# %% ../../nbs/models/02k_chat.ipynb #b31030a5
+# %% ../../nbs/models/02k_chat.ipynb #7d9d3304
 def load_chat_lm(
     url: str,  # of the server, up to and with /v1
     model: str | None = None,  # its name there; None: the only one
@@ -269,7 +272,7 @@ def load_chat_lm(
     lm.thinking = thinking
     return lm
 
-# %% ../../nbs/models/02k_chat.ipynb #10202a61
+# %% ../../nbs/models/02k_chat.ipynb #5ab00543
 def load_from_server(
     url: str,
     chat: bool | None = None,  # ask in chats; None: where token ids are not offered

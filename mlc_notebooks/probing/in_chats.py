@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/probing/in_chats.html.md"""
 # %% auto #0
 __all__ = ['ReportedReader', 'ChatProbe', 'reported_steps']
 
-# %% ../../nbs/probing/04c_in_chats.ipynb #fe6f5b7e
+# %% ../../nbs/probing/04c_in_chats.ipynb #52ada225
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,7 @@ from mlc_notebooks.probing.reported import (
     token_at,
 )
 
-# %% ../../nbs/probing/04c_in_chats.ipynb #97dc58cd
+# %% ../../nbs/probing/04c_in_chats.ipynb #e2edae83
 def _up_to_list(
     answer: ChatAnswer, starts: Sequence[int | None], labels: LabelSet, fmt: AnswerFormat
 ) -> str:
@@ -75,7 +75,7 @@ def _answer_flags(
         flags.add("not_greedy")
     return flags
 
-# %% ../../nbs/probing/04c_in_chats.ipynb #1c659c52
+# %% ../../nbs/probing/04c_in_chats.ipynb #d8c8f164
 def _read_label(seen: Seen | None, outcomes: int) -> dict:
     "The columns of a step about its outcomes; where nothing is told, nothing is known."
     if seen is None:
@@ -101,7 +101,7 @@ def _read_stop(seen: Seen | None) -> dict:
     go, stop = seen.found
     return {"go": float(go), "stop": float(stop), "p_go_low": float(low), "p_go_high": float(high)}
 
-# %% ../../nbs/probing/04c_in_chats.ipynb #0183810a
+# %% ../../nbs/probing/04c_in_chats.ipynb #a91709d3
 def _after_label(
     answer: ChatAnswer, starts: Sequence[int | None], entry: Entry, fmt: AnswerFormat
 ) -> Seen | None:
@@ -130,7 +130,7 @@ def _nothing_read(answer: ChatAnswer, outcomes: int) -> dict:
     row |= _read_label(None, outcomes) | _read_stop(None)
     return _flagged(row, {"forced"})
 
-# %% ../../nbs/probing/04c_in_chats.ipynb #0e86e304
+# %% ../../nbs/probing/04c_in_chats.ipynb #00c6c054
 class ReportedReader:
     "Reads the steps of answers that a chat server reports."
 
@@ -167,7 +167,7 @@ class ReportedReader:
         }
         return _flagged(row, entry.flags)
 
-# %% ../../nbs/probing/04c_in_chats.ipynb #6d1a355d
+# %% ../../nbs/probing/04c_in_chats.ipynb #48f4986a
 def _how(lm: ChatLM) -> dict:
     "The settings of a trace that say how a model was asked."
     return {
@@ -212,7 +212,7 @@ class ChatProbe:
                 raise type(error)(f"item {self.task.ids[i]!r}: {error}") from None
             yield reader.read(answer)
 
-# %% ../../nbs/probing/04c_in_chats.ipynb #fc235dd7
+# %% ../../nbs/probing/04c_in_chats.ipynb #a350bb07
 def _run_settings(probe: ChatProbe, batch_size: int | None) -> dict:
     "What decides the numbers of a run, for the folder that keeps its batches."
     return run_settings(
@@ -228,7 +228,7 @@ def _run_settings(probe: ChatProbe, batch_size: int | None) -> dict:
         **probe.how,
     )
 
-# %% ../../nbs/probing/04c_in_chats.ipynb #52de2328
+# %% ../../nbs/probing/04c_in_chats.ipynb #adcfa5a4
 def _check_chat(lm: ChatLM, fmt: AnswerFormat, long_text: str):
     "Raises `NotOffered` for what cannot be asked in a chat."
     if long_text == "truncate":
