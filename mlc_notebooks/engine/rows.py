@@ -13,9 +13,22 @@ from collections.abc import Sequence
 import numpy as np
 
 from .tree import Node, Predictions
-from ..models.language_model import LanguageModel, NotOffered
+from ..models.language_model import LanguageModel, NextTokens, NotOffered
 
 # %% ../../nbs/engine/04b_rows.ipynb #d6d8e23e
+def _told(found: NextTokens) -> Predictions:
+    "The same as the predictions of a tree."
+    return Predictions(found.logprobs, found.best, found.margin, each=found.each, rest=found.rest)
+
+
+def _chain(node: Node, ids: Sequence[int]) -> list[Node]:
+    "The node, and one more for each of the ids, each growing from the one before."
+    nodes = [node]
+    for token in ids:
+        nodes.append(Node(nodes[-1], [token]))
+    return nodes
+
+
 class RowsTree:
     "A prompt tree whose nodes are asked for as whole rows of token ids."
 
@@ -37,10 +50,19 @@ class RowsTree:
         if hidden or attention:
             raise NotOffered(f"{self.lm.name} ({self.lm.device}) shows no hidden states")
         rows = [node.path() for node in nodes]
-        found = self.lm.read_next(rows, np.asarray(watch).tolist())
-        return Predictions(
-            found.logprobs, found.best, found.margin, each=found.each, rest=found.rest
-        )
+        return _told(self.lm.read_next(rows, np.asarray(watch).tolist()))
+
+    def write_on(
+        self, nodes: Sequence[Node], watch: Sequence[int], most: int, stop: Sequence[str]
+    ) -> list[tuple[list[Node], Predictions]]:
+        """What the model writes greedily after each node, where it `writes` by itself.
+
+        A chain of nodes, the node itself and one for each token but the last, and what is
+        predicted after each.
+        """
+        rows = [node.path() for node in nodes]
+        written = self.lm.write_on(rows, np.asarray(watch).tolist(), most, stop)
+        return [(_chain(node, one.ids[:-1]), _told(one.next)) for node, one in zip(nodes, written)]
 
     def forget(self, nodes: Sequence[Node]):
         "Nothing is kept here, so nothing is forgotten."

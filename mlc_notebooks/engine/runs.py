@@ -33,7 +33,7 @@ from mlc_notebooks.engine.batches import (
     progress_bar,
 )
 from .parts import part_bytes, read_part
-from ..models.language_model import LanguageModel
+from ..models.language_model import LanguageModel, same_weights
 
 # %% ../../nbs/engine/09_runs.ipynb #145b8ef4
 def json_settings(settings: dict) -> dict:
@@ -55,12 +55,17 @@ class SettingsChanged(ValueError):
     "A folder holds a run with other settings."
 
 
+def _differs(name: str, before, now) -> bool:
+    "Whether a setting has changed; of a server's weights only numbers are known, up to rounding."
+    return not same_weights(before, now) if name == "weights" else before != now
+
+
 def _changed(before: dict, now: dict) -> list[str]:
     "What was and what is, for each setting that differs."
     return [
         f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in {**before, **now}
-        if before.get(name) != now.get(name)
+        if _differs(name, before.get(name), now.get(name))
     ]
 
 

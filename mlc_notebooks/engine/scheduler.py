@@ -27,6 +27,8 @@ class Request(NamedTuple):
     keep: bool = True  # False: they are forgotten as soon as they are read
     borrow: bool = False  # they are kept until they are given back, or the answer is done
     over: Sequence[Node] = ()  # borrowed nodes that are given back, since nothing more will grow
+    write: int = 0  # the model writes on by itself after the one node: so many tokens at most
+    stop: Sequence[str] = ()  # texts after which it stops; the same for all answers
 
     @property
     def tokens(self) -> int:
@@ -166,8 +168,7 @@ def continuous_batching(
     while schedule.waiting or schedule.under_way:
         schedule.fill()
         served = schedule.take_served()
-        nodes = [node for answer in served for node in answer.request.nodes]
-        predictions = _one_by_one(nodes, tree.compute(nodes, watch))
+        told_now = _tell(tree, served, watch)
 
         over = []  # nodes that nobody needs any more
         going_on = []
@@ -175,7 +176,7 @@ def continuous_batching(
             asked = answer.request
             if not (asked.keep or asked.borrow):
                 over.extend(asked.nodes)
-            if answer.go_on(list(islice(predictions, len(asked.nodes)))):
+            if answer.go_on(next(told_now)):
                 over.extend(answer.give_back(answer.request.over))
                 going_on.append(answer)
                 continue
@@ -189,6 +190,32 @@ def continuous_batching(
         while told in done:
             yield done.pop(told)
             told += 1
+
+
+def _tell(
+    tree: PromptTree, served: Sequence[_Answer], watch: Sequence[int]
+) -> Iterator[list[Prediction]]:
+    "What each of the answers asked for: predictions after its nodes, or also what is written."
+    read = _read(tree, [answer for answer in served if not answer.request.write], watch)
+    written = _write(tree, [answer for answer in served if answer.request.write], watch)
+    for answer in served:
+        yield next(written if answer.request.write else read)
+
+
+def _read(tree, answers, watch) -> Iterator[list[Prediction]]:
+    nodes = [node for answer in answers for node in answer.request.nodes]
+    predictions = _one_by_one(nodes, tree.compute(nodes, watch))
+    for answer in answers:
+        yield list(islice(predictions, len(answer.request.nodes)))
+
+
+def _write(tree, answers, watch) -> Iterator[list[Prediction]]:
+    requests = [answer.request for answer in answers]
+    nodes = [request.nodes[0] for request in requests]
+    most = max(request.write for request in requests)
+    written = tree.write_on(nodes, watch, most, requests[0].stop)
+    for request, (chain, found) in zip(requests, written):
+        yield list(_one_by_one(chain[: request.write], found))
 
 
 def _one_by_one(nodes: Sequence[Node], found: Predictions) -> Iterator[Prediction]:

@@ -58,9 +58,12 @@ from .whole_folders import whole_folder as whole_folder
 from .language_model import LanguageModel as LanguageModel
 from .language_model import NextTokens as NextTokens
 from .language_model import NotOffered as NotOffered
+from .language_model import SAME_MODEL as SAME_MODEL
+from .language_model import Written as Written
 from .language_model import check_any_token as check_any_token
 from .language_model import check_weights as check_weights
 from .language_model import has_weights as has_weights
+from .language_model import same_weights as same_weights
 from .language_model import vocabulary_hash as vocabulary_hash
 from .http import Connection as Connection
 from .http import JsonClient as JsonClient
@@ -83,11 +86,9 @@ from .completions import read_choices as read_choices
 from .completions import watched_next as watched_next
 from .served import Ability as Ability
 from .served import PROBE_TEXTS as PROBE_TEXTS
-from .served import SAME as SAME
 from .served import SAME_AT_ONCE as SAME_AT_ONCE
 from .served import ServedLM as ServedLM
 from .served import TOKENIZER_TEXTS as TOKENIZER_TEXTS
-from .served import Written as Written
 from .served import check_tokenizer as check_tokenizer
 from .served import choose_model as choose_model
 from .served import find_ability as find_ability

@@ -95,12 +95,26 @@ def _is_over(found: _Greedy, answer_tokens: AnswerTokens) -> bool:
     )
 
 # %% ../../nbs/probing/01_decoding.ipynb #d8b3a860
+def _read_ahead(
+    lm: LanguageModel,
+    answer_tokens: AnswerTokens,
+    node: Node,
+    ids: Sequence[int],  # of the answer, up to and with the node's
+    room: int,  # tokens that the answer may still have
+    drafts: NgramDrafter,
+) -> Generator[Request, list[Prediction], list[Prediction]]:
+    "Predictions after a node and after tokens that follow it, as the model wrote or as guessed."
+    if lm.writes:
+        stop = [mark.removeprefix(answer_tokens.fmt.bare) for mark in answer_tokens.fmt.stop]
+        return (yield Request([node], write=max(room, 1), stop=stop))
+    return (yield Request([node, *token_chain(node, drafts.guess(ids, room))]))
+
+
 def _write_greedily(
     lm: LanguageModel, answer_tokens: AnswerTokens, limit: int, start: Node, drafts: NgramDrafter
 ) -> Generator[Request, list[Prediction], _Greedy]:
     "The greedy answer of at most `limit` tokens, up to the end of its list."
-    drafted = drafts.guess([], limit)
-    first, *ahead = yield Request([start, *token_chain(start, drafted)])
+    first, *ahead = yield from _read_ahead(lm, answer_tokens, start, [], limit, drafts)
     decode = _text_decoder(lm)
     thinking = _begins_in_reasoning(answer_tokens, decode, start)
     found = _Greedy([], "", [first], False, decode, thinking)
@@ -115,12 +129,12 @@ def _write_greedily(
         if _is_over(found, answer_tokens):
             break
 
-        if not ahead or drafted[0] != latest.best:  # the draft is used up, or wrong from here on
-            drafted = [latest.best, *drafts.guess(found.ids, limit - len(found.ids))]
-            ahead = yield Request(token_chain(latest.node, drafted))
+        if not ahead or ahead[0].node.ids[0] != latest.best:  # used up, or wrong from here on
+            node = Node(latest.node, [latest.best])
+            room = limit - len(found.ids)
+            ahead = yield from _read_ahead(lm, answer_tokens, node, found.ids, room, drafts)
         found.predictions.append(ahead[0])
         ahead = ahead[1:]
-        drafted = drafted[1:]
     return found
 
 # %% ../../nbs/probing/01_decoding.ipynb #02e04ce5
