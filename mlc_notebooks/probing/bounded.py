@@ -140,17 +140,28 @@ def first_token_totals(partial: SeenReading, trie: FormTrie) -> tuple[Totals, fl
     np.maximum.at(found, outcomes, reach[nodes])
     mass = float(reach[np.unique(nodes)].sum())
 
-    arrays = partial.trie
-    pairs = np.flatnonzero(partial.untold[arrays.pair_node])
-    parents = arrays.parents[arrays.pair_node[pairs]]
-    highest = np.zeros(len(found))
-    np.maximum.at(highest, arrays.pair_outcome[pairs], (reach * np.exp(partial.each))[parents])
-    most = np.maximum(highest - found, 0)
-
     unread = untold_amounts(partial)[2]
-    sharing = np.bincount(np.unique(np.stack([nodes, outcomes]), axis=1)[0]).max()
-    others = np.minimum(most.sum() - most, sharing * unread)  # those with the same token share it
+    most = np.maximum(_most_of_one(partial) - found, 0)
+    together = unread * _sharing(nodes, outcomes)
+    others = np.minimum(most.sum() - most, together)
     return Totals(found, most, others, np.zeros(len(found)), unread), mass
+
+
+def _most_of_one(partial: SeenReading) -> np.ndarray:
+    "The most that a single token not told can have that leads to each outcome (L + 1,)."
+    trie = partial.trie
+    most_after = np.exp(partial.reach + partial.each)
+    pairs = np.flatnonzero(partial.untold[trie.pair_node])
+    parents = trie.parents[trie.pair_node[pairs]]
+    most = np.zeros(trie.outcomes)
+    np.maximum.at(most, trie.pair_outcome[pairs], most_after[parents])
+    return most
+
+
+def _sharing(nodes: np.ndarray, outcomes: np.ndarray) -> int:
+    "How many outcomes have the same first token, at most."
+    pairs = set(zip(nodes.tolist(), outcomes.tolist()))
+    return int(np.bincount([node for node, _ in pairs]).max())
 
 # %% ../../nbs/probing/00c_bounded.ipynb #263e3fda
 def _told(logprobs: np.ndarray) -> np.ndarray:
@@ -172,18 +183,9 @@ def stop_ends(
     `after_quote` is predicted after a closing quote alone; None: that was not told, or there is no
     such quote.
     """
-    tokens = reader.answer_tokens
-    quote = [] if tokens.bare is None else reader.columns([tokens.bare])
-    go_more = _most_after(after, reader.columns(tokens.go) + quote)
-    stop_more = _most_after(after, reader.columns(tokens.stop) + quote)
-    below = None
-    if after_quote is not None:
-        below = _told(after_quote.logprobs)
-        reached = float(np.exp(after.logprobs[quote[0]]))
-        go_more += reached * _most_after(after_quote, reader.columns(tokens.bare_go))
-        stop_more += reached * _most_after(after_quote, reader.columns(tokens.bare_stop))
-
+    below = None if after_quote is None else _told(after_quote.logprobs)
     seen = reader.stop_masses(_told(after.logprobs), below)
+    go_more, stop_more = _more_after(reader, after, after_quote)
     low = p_go(seen["go"], seen["stop"] + stop_more)
     high = p_go(seen["go"] + go_more, seen["stop"])
     return {
@@ -191,6 +193,21 @@ def stop_ends(
         "p_go_low": 0.0 if np.isnan(low) else low,
         "p_go_high": 1.0 if np.isnan(high) else high,
     }
+
+
+def _more_after(
+    reader: StepReader, after: Prediction, after_quote: Prediction | None
+) -> tuple[float, float]:
+    "What tokens that were not told can add at most to going on, and to stopping."
+    tokens = reader.answer_tokens
+    quote = [] if tokens.bare is None else reader.columns([tokens.bare])
+    go = _most_after(after, reader.columns(tokens.go) + quote)
+    stop = _most_after(after, reader.columns(tokens.stop) + quote)
+    if after_quote is not None:
+        reached = float(np.exp(after.logprobs[quote[0]]))
+        go += reached * _most_after(after_quote, reader.columns(tokens.bare_go))
+        stop += reached * _most_after(after_quote, reader.columns(tokens.bare_stop))
+    return go, stop
 
 # %% ../../nbs/probing/00c_bounded.ipynb #14711d8c
 class LikeliestReader(LazyReader):
