@@ -30,7 +30,8 @@ def offline(job: dict):
     from vllm import LLM, SamplingParams
 
     options = dict(max_model_len=2048, enable_prefix_caching=True, disable_log_stats=True)
-    llm = LLM(job["folder"], dtype=job["dtype"], block_size=job["block_size"], **options)
+    options |= dict(block_size=job["block_size"], enforce_eager=job["eager"])
+    llm = LLM(job["folder"], dtype=job["dtype"], **options)
     how = dict(max_tokens=1, temperature=0, detokenize=False, flat_logprobs=True)
 
     def ask(question):
@@ -55,8 +56,7 @@ def offline(job: dict):
 def recorded_questions(texts: int, shots: int) -> list[dict]:
     "What a probing run asks: free decoding, the exact reading. Answered here by the local engine."
     from mlc_notebooks.data import load_task
-    from mlc_notebooks.engine import PackedTree
-    from mlc_notebooks.engine.tree import Node
+    from mlc_notebooks.engine import Node, PackedTree, TokenRows
     from mlc_notebooks.models import LanguageModel, NextTokens, load_lm
     from mlc_notebooks.probing import probe_steps
 
@@ -72,8 +72,9 @@ def recorded_questions(texts: int, shots: int) -> list[dict]:
 
         def read_next(self, rows, watch):
             questions.append({"rows": [list(map(int, row)) for row in rows], "watch": list(watch)})
-            tree = PackedTree(local)
-            found = tree.compute([Node(tree.root, row) for row in rows], watch)
+            known = TokenRows(rows)  # their common beginning is computed once
+            tree = PackedTree(local, known.shared)
+            found = tree.compute([Node(tree.root, tail) for tail in known.tails], watch)
             return NextTokens(found.logprobs, found.best, found.margin)
 
     task = load_task("goemotions").sample(texts, seed=0)
@@ -99,6 +100,8 @@ def run_served(python: Path, job: dict) -> list[dict]:
 
     port = free_port()
     options = ["--max-model-len", "2048", "--block-size", str(job["block_size"])]
+    if job["eager"]:
+        options.append("--enforce-eager")
     command = vllm_command(job["folder"], port, python, job["dtype"], options)
     environment = ENVIRONMENT | {"VLLM_SERVER_DEV_MODE": "1"}  # which has /reset_prefix_cache
     questions = json.loads(Path(job["questions"]).read_text())
@@ -156,6 +159,7 @@ def main(asked: argparse.Namespace):
         "dtype": asked.dtype,
         "block_size": asked.block_size,
         "repeats": asked.repeats,
+        "eager": asked.eager,
         "questions": str(path.resolve()),
         "log": str((asked.out / "offline.log").resolve()),
     }
@@ -182,6 +186,9 @@ if __name__ == "__main__":
     parser.add_argument("--rivals", type=Path, default=ROOT / ".venv-rivals")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "served")
     parser.add_argument("--only-offline", action="store_true", help="the tokens a text, no server")
+    parser.add_argument(
+        "--eager", action="store_true", help="both without torch.compile: to try it"
+    )
     parser.add_argument("--offline", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.offline:

@@ -95,8 +95,8 @@ from .served import find_ability as find_ability
 from .served import is_server as is_server
 from .served import load_served as load_served
 from .vllm import VllmLM as VllmLM
+from .vllm import complete_told as complete_told
 from .vllm import load_vllm as load_vllm
-from .vllm import read_with_vllm as read_with_vllm
 from .chat_answers import ChatAnswer as ChatAnswer
 from .chat_answers import ReportedToken as ReportedToken
 from .chat_answers import Told as Told

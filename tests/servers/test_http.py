@@ -8,10 +8,12 @@ import pytest
 from parity import (
     FEW,
     METHODS_ON_ALL_TEXTS,
+    check_marginals,
     check_method,
     check_odd_texts,
     check_steps,
     check_watching_many,
+    check_writing_on,
 )
 
 from mlc_notebooks.models import load_lm
@@ -47,8 +49,16 @@ def test_methods_agree(local, lm, texts, name):
     check_method(local, lm, texts.select(range(FEW)), name)
 
 
+def test_inclusion_marginals_agree(local, lm, texts):
+    check_marginals(local, lm, texts.select(range(FEW)))
+
+
 def test_more_tokens_than_one_request_may_name(local, lm):
     check_watching_many(local, lm)
+
+
+def test_it_writes_on(local, lm, texts):
+    check_writing_on(local, lm, [local.encode_text(text) for text in texts.texts[:4]])
 
 
 def test_emoji_newlines_and_digits_agree(local, lm):

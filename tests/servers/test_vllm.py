@@ -7,10 +7,12 @@ import pytest
 from parity import (
     FEW,
     METHODS_ON_ALL_TEXTS,
+    check_marginals,
     check_method,
     check_odd_texts,
     check_steps,
     check_watching_many,
+    check_writing_on,
     methods_on_few_texts,
 )
 
@@ -51,6 +53,10 @@ def test_methods_agree(local, lm, texts, name):
     check_method(local, lm, texts, name)
 
 
+def test_inclusion_marginals_agree(local, lm, texts):
+    check_marginals(local, lm, texts)
+
+
 @pytest.mark.parametrize("name", methods_on_few_texts())
 def test_other_methods_agree(local, lm, texts, name):
     check_method(local, lm, texts.select(range(FEW)), name)
@@ -58,6 +64,10 @@ def test_other_methods_agree(local, lm, texts, name):
 
 def test_more_tokens_than_one_request_may_name(local, lm):
     check_watching_many(local, lm)
+
+
+def test_it_writes_on(local, lm, texts):
+    check_writing_on(local, lm, [local.encode_text(text) for text in texts.texts[:4]])
 
 
 def test_emoji_newlines_and_digits_agree(local, lm):
