@@ -5,6 +5,7 @@ from . import conformal as conformal
 from . import registry as registry
 from . import trace_methods as trace_methods
 from . import questions as questions
+from . import decisions as decisions
 from . import pairs as pairs
 from . import tree_search as tree_search
 from . import output_tree as output_tree
@@ -69,6 +70,11 @@ from .questions import question_trie as question_trie
 from .questions import two_way as two_way
 from .questions import unary_breakdown as unary_breakdown
 from .questions import with_cost as with_cost
+from .decisions import Decisions as Decisions
+from .decisions import QUESTION as QUESTION
+from .decisions import ask_decisions as ask_decisions
+from .decisions import decision_requests as decision_requests
+from .decisions import read_decisions as read_decisions
 from .pairs import PairAnswers as PairAnswers
 from .pairs import ask_pairs as ask_pairs
 from .pairs import binary_breakdown as binary_breakdown

@@ -157,6 +157,7 @@ _ALL_FLAGS = (
     Flag("truncated", "answer", "the text ends before the list does", True),
     Flag("none_mixed", "answer", "`none` stands beside a label", True),
     Flag("near_tie", "answer", "at some token the two likeliest were almost equally likely"),
+    Flag("not_greedy", "answer", "a server wrote a token that was not its likeliest one"),
     Flag("repeated", "step", "an entry that was written before", True),
     Flag("invented", "step", "an entry that is no outcome of the task", True),
     Flag("forced", "step", "no entry was written; step 1 is read where a list would begin"),

@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 
 from .adapters import adapter_chain
+from .chat import load_from_server
 from .hashes import WeightHash
 from .language_model import LanguageModel, vocabulary_hash
 from .loading import load_parts
 from .merging import merge_adapter
 from .names import first_line, shown
-from .served import is_server, load_served
+from .served import is_server
 from .vllm import load_vllm
 
 # %% ../../nbs/models/03_lm.ipynb #5f172eb6
@@ -150,21 +151,21 @@ def load_lm(
     dtype: str = "float32",  # "bfloat16" is faster where the CPU has it, and less exact
     device: str = "auto",  # "cpu", "cuda", ...; auto: a GPU where there is one
     trust_remote_code: bool = False,  # run Python code that comes with the model
-    **served,  # for a server only: model, tokenizer, likeliest, timeout, at_once, plain_key_host
+    **served,  # for a server only: model, tokenizer, chat, likeliest, timeout, ...
 ) -> LanguageModel:
     """A causal language model, ready to be asked.
 
     A folder with an adapter (peft) is merged into the model that it names. "vllm:" before a name:
     vLLM computes it (`models.vllm`). An address (http://host:port/v1) is that of a server;
-    `models.served.load_served` has its options and errors. Raises `FileNotFoundError` for a folder
-    that does not exist, holds no model or lacks a tokenizer, `OSError` for a name or a folder that
-    cannot be loaded, `ValueError` for a damaged file, an adapter that cannot be merged, an unknown
-    dtype or device.
+    `models.chat.load_from_server` has its options and errors. Raises `FileNotFoundError` for a
+    folder that does not exist, holds no model or lacks a tokenizer, `OSError` for a name or a
+    folder that cannot be loaded, `ValueError` for a damaged file, an adapter that cannot be
+    merged, an unknown dtype or device.
     """
     name = str(name)
     if is_server(name):
         _check_left_to_server(dtype, device)
-        return load_served(name, trust_remote_code=trust_remote_code, **served)
+        return load_from_server(name, trust_remote_code=trust_remote_code, **served)
     _check_no_server_options(name, served)
     torch_dtype = _float_dtype(dtype)
     if name.startswith("vllm:"):

@@ -6,6 +6,8 @@ from . import saved as saved
 from . import trace as trace
 from . import asking as asking
 from . import internals as internals
+from . import reported as reported
+from . import in_chats as in_chats
 from . import steps as steps
 from . import estimate as estimate
 from .reading import FormTrie as FormTrie
@@ -43,8 +45,17 @@ from .asking import ask_for_lists as ask_for_lists
 from .asking import check_collisions as check_collisions
 from .asking import check_vocabulary as check_vocabulary
 from .asking import list_settings as list_settings
+from .asking import prompts_for_lists as prompts_for_lists
 from .internals import attention_shares as attention_shares
 from .internals import read_states as read_states
+from .reported import LabelBeginnings as LabelBeginnings
+from .reported import Seen as Seen
+from .reported import StopBeginnings as StopBeginnings
+from .reported import read_place as read_place
+from .reported import token_at as token_at
+from .in_chats import ChatProbe as ChatProbe
+from .in_chats import ReportedReader as ReportedReader
+from .in_chats import reported_steps as reported_steps
 from .steps import probe_steps as probe_steps
 from .estimate import Estimate as Estimate
 from .estimate import estimate_run as estimate_run

@@ -21,7 +21,7 @@ import pandas as pd
 from ..data.answers import AnswerFormat
 from ..data.checks import check_choice, check_number, check_whole
 from ..data.labels import LabelSet
-from ..data.prompts import Template
+from ..data.prompts import Prompt, Template
 from ..data.texts import AnnotatedTexts
 from ..engine.backend import prompt_tree
 from ..engine.drafts import NgramDrafter
@@ -30,7 +30,13 @@ from ..engine.packed import PackedTree
 from ..engine.runs import check_folder, in_batches, provenance
 from ..engine.scheduler import continuous_batching
 from ..engine.tree import Node
-from ..models.language_model import LanguageModel, check_any_token, check_weights
+from ..models.chat import ChatLM
+from mlc_notebooks.models.language_model import (
+    LanguageModel,
+    NotOffered,
+    check_any_token,
+    check_weights,
+)
 from mlc_notebooks.probing.asking import (
     ListQuestions,
     as_task,
@@ -40,6 +46,7 @@ from mlc_notebooks.probing.asking import (
 )
 from .bounded import LikeliestReader
 from .decoding import Decoded, free_decoder, guided_decoder
+from .in_chats import reported_steps
 from .internals import read_states
 from .lazy import LazyReader
 from .reading import READINGS, Step, StepReader, read_steps
@@ -221,7 +228,9 @@ def _hash_of_prompts(prompts: Iterable) -> str:
     return found.hexdigest()[:16]
 
 
-def _what_was_asked(lm: LanguageModel, task: AnnotatedTexts, asked: ListQuestions) -> dict:
+def _what_was_asked(
+    lm: LanguageModel, task: AnnotatedTexts, prompts: Sequence[Prompt], fmt: AnswerFormat
+) -> dict:
     "The settings of a trace that say which texts and prompts, and which model."
     return {
         "task": task.name,
@@ -229,10 +238,10 @@ def _what_was_asked(lm: LanguageModel, task: AnnotatedTexts, asked: ListQuestion
         "aggregated": task.aggregated,
         "sampling": task.sampling,
         **provenance(lm),
-        "prompt": asked.prompts[0].plain(),
-        "prompt_hash": _hash_of_prompts(asked.prompts),
-        "shots": len(asked.prompts[0].demonstrations),
-        "format": asked.answer_tokens.fmt.name,
+        "prompt": prompts[0].plain(),
+        "prompt_hash": _hash_of_prompts(prompts),
+        "shots": len(prompts[0].demonstrations),
+        "format": fmt.name,
     }
 
 # %% ../../nbs/probing/05_steps.ipynb #1eadc216
@@ -280,15 +289,42 @@ def _run(
     }
     return _assemble(task, found, asked.flags, made)
 
+# %% ../../nbs/probing/05_steps.ipynb #c334d8c0
+def _run_in_chat(lm: ChatLM, task: AnnotatedTexts, shots: int, no_cache: bool, **asking) -> Trace:
+    "The trace of a run in chats; `asking` are other arguments of `reported_steps`."
+    if no_cache:
+        check_weights(lm, "no_cache=True")
+    started = time.time()
+    found, probe = reported_steps(lm, task, shots, **asking)
+    made = {
+        **_what_was_asked(lm, task, probe.prompts, probe.fmt),
+        **dict(seed=asking["seed"], decoding="free", chat=True, tolerance=0.0),
+        **dict(hidden=False, attention=False, multi_share=asking["multi_share"]),
+        **probe.how,
+        "seconds": round(time.time() - started, 2),
+    }
+    return _assemble(task, found, [set()] * len(task), made)
+
 # %% ../../nbs/probing/05_steps.ipynb #962d459c
-def _check_how(decoding, reading, collisions, hidden, attention, no_cache):
+def _check_how(decoding, collisions, hidden, attention, no_cache):
     "Raises `ValueError`, which lists the choices, for an option that has no such value."
     check_choice("decoding", decoding, ("free", "guided"))
-    check_choice("reading", reading, READINGS)
     check_choice("collisions", collisions, ("error", "warn"))
     check_choice("hidden", hidden, (False, True, "first"))
     check_choice("attention", attention, (False, True))
     check_choice("no_cache", no_cache, (False, True))
+
+
+def _which_reading(lm: LanguageModel, reading: str | None) -> str:
+    "The reading of a run, the usual one for None; raises `NotOffered` where the model has none."
+    if not isinstance(lm, ChatLM):
+        return check_choice("reading", "exact" if reading is None else reading, READINGS)
+    if reading in READINGS:
+        raise NotOffered(
+            f"reading={reading!r} needs token ids, and {lm.name} ({lm.device}) is asked in a chat: "
+            "leave reading out, to read the tokens that the server reports"
+        )
+    return check_choice("reading", "reported" if reading is None else reading, ("reported",))
 
 
 def _check_offered(lm: LanguageModel, decoding: str, hidden: bool | str, attention: bool):
@@ -309,7 +345,7 @@ def probe_steps(
     labels: LabelSet | Sequence[str] | None = None,  # for plain strings
     seed: int = 0,  # of the demonstrations
     decoding: str = "free",  # "free" or "guided"
-    reading: str = "exact",  # "exact" or "first_token"
+    reading: str | None = None,  # "exact" or "first_token"; None: exact, or as a chat reports it
     tolerance: float = 1e-4,  # how far a probability may be from the full reading; 0: read it all
     fmt: str | AnswerFormat = "json",  # how a list is written
     demonstrations: Sequence | None = None,  # pairs (text, labels) to show, or a list per text
@@ -334,7 +370,8 @@ def probe_steps(
     `engine.runs` has all that can happen to a folder.
     """
     task = as_task(texts, labels)
-    _check_how(decoding, reading, collisions, hidden, attention, no_cache)
+    reading = _which_reading(lm, reading)
+    _check_how(decoding, collisions, hidden, attention, no_cache)
     _check_offered(lm, decoding, hidden, attention)
     check_folder(folder)
     seed = check_whole("seed", seed, least=0)
@@ -342,7 +379,12 @@ def probe_steps(
     if batch_size is not None:
         batch_size = check_whole("batch_size", batch_size, least=1)
     asking = dict(seed=seed, fmt=fmt, demonstrations=demonstrations, multi_share=multi_share)
-    asking |= dict(template=template, chat=chat, long_text=long_text)
+    asking |= dict(template=template, long_text=long_text)
+    if isinstance(lm, ChatLM):
+        keeping = dict(batch_size=batch_size, folder=folder, progress=progress)
+        return _run_in_chat(lm, task, shots, no_cache, **asking, **keeping)
+
+    asking |= dict(chat=chat)
     asked = ask_for_lists(lm, task, shots, **asking)
     if reading == "first_token":
         check_collisions(asked.answer_tokens, collisions)
@@ -352,5 +394,6 @@ def probe_steps(
     how |= dict(hidden=hidden, attention=attention)
     if lm.likeliest is not None:
         how |= dict(likeliest=lm.likeliest)
-    settings = {**_what_was_asked(lm, task, asked), **how, "multi_share": multi_share}
+    made = _what_was_asked(lm, task, asked.prompts, asked.answer_tokens.fmt)
+    settings = {**made, **how, "multi_share": multi_share}
     return _run(lm, task, asked, how, settings, batch_size, no_cache, folder, progress)
