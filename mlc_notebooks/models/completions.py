@@ -132,6 +132,15 @@ def _check_asked(answer: dict, request: dict) -> None:
             raise _wrong(f"prompt_tokens that are not the {sent} sent", usage["prompt_tokens"])
 
 
+def _check_likely(told: dict[int, float]) -> None:
+    "Raises `WrongAnswer` where one of the likeliest tokens is impossible."
+    if min(told.values()) == -math.inf:
+        raise WrongAnswer(
+            "the server names an impossible token among the likeliest ones. vLLM's CPU build does "
+            "so where two programs ask it at once: let one program ask it at a time, and run again"
+        )
+
+
 def read_choices(answer: dict, request: dict) -> list[Choice]:
     """What a server wrote after each prompt of a request, in their order.
 
@@ -151,6 +160,8 @@ def read_choices(answer: dict, request: dict) -> list[Choice]:
         for told in choice.told:
             if not watch <= told.keys():
                 raise _wrong("no log-probability of a token that was asked for", sorted(told))
+            if not watch:
+                _check_likely(told)
     return found
 
 # %% ../../nbs/models/02fb_completions.ipynb #65e05e70
