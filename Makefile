@@ -14,7 +14,7 @@ ifneq ($(wildcard ../shared/data),)
 export MLC_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: demo lab check test lint sync-check docs-check readme readme-check fast-tests nbdev-test pytest tutorials adapter recorded benchmark benchmark-rivals benchmark-cost benchmark-training growth studies export constraints audit
+.PHONY: demo lab check test lint sync-check docs-check readme readme-check fast-tests nbdev-test pytest tutorials adapter recorded benchmark benchmark-rivals benchmark-cost benchmark-training benchmark-scale test-ray growth studies export constraints audit
 
 demo: $(READY)
 	$(BIN)/mlc-probe --task goemotions brighter-eng --n 64 --sample main --seed 0 --out $(DEMO)
@@ -154,6 +154,22 @@ $(RIVALS)/llama/.installed:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check 'llama-cpp-python==0.3.36'
 	touch $@
+
+# Ray Data, for corpora on several machines (the extra ray).
+$(RIVALS)/ray/.installed: settings.ini
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check '$(TORCH)' $(CONSTRAIN)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -e '.[ray]' 'ray[data]==2.60.0' 'pytest>=8' 'hypothesis>=6.100' $(CONSTRAIN)
+	touch $@
+
+# A cluster of two nodes on this machine; workers, a node and the driver are killed.
+test-ray: $(READY) $(RIVALS)/ray/.installed
+	$(BIN)/mlc-fetch
+	OMP_NUM_THREADS=1 $(RIVALS)/ray/bin/python -m pytest -q --durations 8 tests/servers/test_ray.py
+
+# One worker and two, each on a core of its own; of a quiet machine.
+benchmark-scale: $(RIVALS)/ray/.installed
+	$(RIVALS)/ray/bin/python benchmarks/scale.py $(RECORD)
 
 studies: $(READY)
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/studies/*.ipynb

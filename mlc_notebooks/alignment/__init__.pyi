@@ -36,6 +36,9 @@ from . import cheaper as cheaper
 from . import source_rows as source_rows
 from . import block_plan as block_plan
 from . import block_rows as block_rows
+from . import finished_blocks as finished_blocks
+from . import block_workers as block_workers
+from . import corpus as corpus
 from .calibration import Platt as Platt
 from .calibration import content_free_prior as content_free_prior
 from .calibration import divide_prior as divide_prior
@@ -223,6 +226,7 @@ from .source_rows import SourceRow as SourceRow
 from .source_rows import source_files as source_files
 from .source_rows import source_rows as source_rows
 from .block_plan import BlockPlan as BlockPlan
+from .block_plan import block_frame as block_frame
 from .block_plan import plan_blocks as plan_blocks
 from .block_plan import read_block as read_block
 from .block_rows import AnsweredBlock as AnsweredBlock
@@ -232,3 +236,13 @@ from .block_rows import answer_block as answer_block
 from .block_rows import block_bytes as block_bytes
 from .block_rows import block_schema as block_schema
 from .block_rows import questions_about as questions_about
+from .finished_blocks import FinishedBlocks as FinishedBlocks
+from .block_workers import BlockJob as BlockJob
+from .block_workers import BlockWorker as BlockWorker
+from .block_workers import here as here
+from .block_workers import load_ray as load_ray
+from .block_workers import on_ray as on_ray
+from .block_workers import ray_session as ray_session
+from .block_workers import room_for_workers as room_for_workers
+from .corpus import CorpusRun as CorpusRun
+from .corpus import probe_dataset as probe_dataset
