@@ -245,4 +245,5 @@ from .block_workers import on_ray as on_ray
 from .block_workers import ray_session as ray_session
 from .block_workers import room_for_workers as room_for_workers
 from .corpus import CorpusRun as CorpusRun
+from .corpus import discard_corpus as discard_corpus
 from .corpus import probe_dataset as probe_dataset

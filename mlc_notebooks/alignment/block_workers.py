@@ -207,6 +207,27 @@ def load_ray():
     return ray
 
 
+_WAIT = 10  # seconds for a cluster to take a connection; Ray itself would try for many minutes
+
+
+def _no_cluster(address: str, why) -> ConnectionError:
+    return ConnectionError(
+        f"there is no Ray cluster at {address} ({why}): start one with `ray start --head`, or give "
+        "'local'"
+    )
+
+
+def _check_listens(address: str) -> None:
+    "Raise `ConnectionError` where nothing takes a connection at the HOST:PORT of an address."
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return  # local or auto, which Ray tells at once
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _WAIT).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, error) from None
+
+
 @contextlib.contextmanager
 def ray_session(address: str) -> Iterator[object]:
     "The module ray, connected to a cluster or to one of its own ('local'), which ends afterwards."
@@ -214,6 +235,7 @@ def ray_session(address: str) -> Iterator[object]:
     if ray.is_initialized():
         yield ray
         return
+    _check_listens(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
@@ -221,10 +243,7 @@ def ray_session(address: str) -> Iterator[object]:
     try:
         ray.init(address=address, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConnectionError(
-            f"there is no Ray cluster at {address} ({error}): start one with `ray start --head`, "
-            "or give 'local'"
-        ) from None
+        raise _no_cluster(address, error) from None
     try:
         yield ray
     finally:
