@@ -39,6 +39,7 @@ from . import block_rows as block_rows
 from . import finished_blocks as finished_blocks
 from . import block_workers as block_workers
 from . import corpus as corpus
+from . import cost as cost
 from .calibration import Platt as Platt
 from .calibration import content_free_prior as content_free_prior
 from .calibration import divide_prior as divide_prior
@@ -247,3 +248,7 @@ from .block_workers import room_for_workers as room_for_workers
 from .corpus import CorpusRun as CorpusRun
 from .corpus import discard_corpus as discard_corpus
 from .corpus import probe_dataset as probe_dataset
+from .cost import CorpusCost as CorpusCost
+from .cost import TokenCount as TokenCount
+from .cost import corpus_cost as corpus_cost
+from .cost import cost_table as cost_table
