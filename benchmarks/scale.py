@@ -2,9 +2,10 @@
 
     make benchmark-scale, or: PYTHON benchmarks/scale.py [--texts 768] [--repeats 3] [--record]
 
-Of a quiet machine with two cores. Both ask the same corpus in the same blocks with the embedded model; one process without Ray stands
-beside them. Only the time after each worker's first finished block is counted, so that starting Ray
-and loading models, which a long run does once, is left out; the table has the whole time too.
+Of a quiet machine with two cores. Both ask the same corpus in the same blocks with the embedded
+model; one process without Ray stands beside them. Only the time after each worker's first finished
+block is counted, so that starting Ray and loading models, which a long run does once, is left out;
+the table has the whole time too.
 The goal: two workers answer at least 1.6 times as many texts per second as one. A worker asks Ray
 for a quarter of a CPU, since Ray keeps one for itself; what it uses is its one thread.
 """

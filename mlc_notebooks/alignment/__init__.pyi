@@ -33,7 +33,7 @@ from . import maps as maps
 from . import classifier_answers as classifier_answers
 from . import classifier as classifier
 from . import cheaper as cheaper
-from . import source_rows as source_rows
+from . import corpus_rows as corpus_rows
 from . import block_plan as block_plan
 from . import block_rows as block_rows
 from . import finished_blocks as finished_blocks
@@ -221,11 +221,10 @@ from .cheaper import cheaper_methods as cheaper_methods
 from .cheaper import compare_with_cheaper as compare_with_cheaper
 from .cheaper import out_of_fold as out_of_fold
 from .cheaper import which_to_use as which_to_use
-from .source_rows import Portion as Portion
-from .source_rows import SourceFile as SourceFile
-from .source_rows import SourceRow as SourceRow
-from .source_rows import source_files as source_files
-from .source_rows import source_rows as source_rows
+from .corpus_rows import SourceFile as SourceFile
+from .corpus_rows import SourceRow as SourceRow
+from .corpus_rows import source_files as source_files
+from .corpus_rows import source_rows as source_rows
 from .block_plan import BlockPlan as BlockPlan
 from .block_plan import block_frame as block_frame
 from .block_plan import plan_blocks as plan_blocks
@@ -240,9 +239,9 @@ from .block_rows import questions_about as questions_about
 from .finished_blocks import FinishedBlocks as FinishedBlocks
 from .block_workers import BlockJob as BlockJob
 from .block_workers import BlockWorker as BlockWorker
-from .block_workers import here as here
+from .block_workers import answer_here as answer_here
+from .block_workers import answer_on_ray as answer_on_ray
 from .block_workers import load_ray as load_ray
-from .block_workers import on_ray as on_ray
 from .block_workers import ray_session as ray_session
 from .block_workers import room_for_workers as room_for_workers
 from .corpus import CorpusRun as CorpusRun

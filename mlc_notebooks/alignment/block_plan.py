@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from .source_rows import SourceRow
+from .corpus_rows import SourceRow
 from ..data.checks import check_whole
 from ..data.files import whole_file, write_whole
 from ..engine.runs import check_same_settings, json_settings

@@ -21,10 +21,10 @@ import pandas as pd
 
 from .block_plan import plan_blocks
 from .block_rows import BlockQuestions, questions_about
-from .block_workers import BlockJob, here, on_ray, ray_session
+from .block_workers import BlockJob, answer_here, answer_on_ray, ray_session
 from .classifier import LabelClassifier
+from .corpus_rows import source_files, source_rows
 from .finished_blocks import FinishedBlocks
-from .source_rows import source_files, source_rows
 from ..data.checks import check_kind, check_number, check_whole
 from ..data.files import claimed
 from ..data.labels import LabelSet
@@ -171,9 +171,12 @@ def _results(job: BlockJob, waiting: list[int], ray: str | None, room: dict) -> 
     if not waiting:
         yield iter(())
     elif ray is None:
-        yield here(job, waiting)
+        yield answer_here(job, waiting)
     else:
-        with ray_session(ray) as module, closing(on_ray(job, waiting, module, **room)) as results:
+        with (
+            ray_session(ray) as module,
+            closing(answer_on_ray(job, waiting, module, **room)) as results,
+        ):
             yield results  # closed before Ray is: an open one would keep its threads
 
 

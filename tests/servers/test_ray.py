@@ -24,7 +24,7 @@ from mlc_notebooks.alignment import LabelClassifier, probe_dataset
 from mlc_notebooks.data import LabelSet, load_task
 
 ray = pytest.importorskip("ray")
-from ray.cluster_utils import Cluster  # noqa: E402
+Cluster = pytest.importorskip("ray.cluster_utils").Cluster
 
 LABELS = LabelSet(["good", "bad", "odd"], "else")
 ROWS = 5000
