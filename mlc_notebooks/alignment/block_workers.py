@@ -275,8 +275,11 @@ def answer_on_ray(
 ) -> Iterator[dict]:
     """The results of blocks, as they come, from actors of Ray Data.
 
-    Raises `ValueError` where the cluster has no room for the workers.
+    Raises `ValueError` where the cluster has no room for the workers, `RuntimeError` where Ray
+    itself cannot run them.
     """
+    from ray.exceptions import RayError
+
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     workers = room_for_workers(nodes, workers, cpus, gpus)
     _quiet(ray)
@@ -291,4 +294,10 @@ def answer_on_ray(
         num_gpus=gpus or None,
         compute=ray.data.ActorPoolStrategy(size=min(workers, len(blocks))),
     )
-    yield from _rows_as_they_come(answered)
+    try:
+        yield from _rows_as_they_come(answered)
+    except RayError as error:
+        raise RuntimeError(
+            f"Ray could not run the workers ({' '.join(str(error).split())[-300:]}): each machine "
+            "needs this package with the extra ray, in the same version"
+        ) from error

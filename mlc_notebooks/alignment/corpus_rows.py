@@ -150,7 +150,7 @@ def _parquet_rows(file: SourceFile, columns: Sequence[str]) -> Iterator[_Portion
         _check_columns(file, schema.names, columns)
         for number, column in enumerate(columns):
             kind = schema.field(column).type
-            if not _is_read(kind, texts=number == 0):
+            if opened.metadata.num_rows and not _is_read(kind, texts=number == 0):
                 wanted = "whole numbers or strings" if number else "strings"
                 raise ValueError(f"{file.path}: its column {column!r} holds {kind}: give {wanted}")
         yield from _portions(opened.iter_batches(_PORTION, columns=list(columns)), columns)
