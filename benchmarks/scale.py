@@ -106,7 +106,7 @@ def main():
     print(f"two workers answer {ratio:.2f} times as many texts per second as one (goal: {GOAL})")
     if asked.record:
         table.round(3).to_csv(RECORDED, index=False)
-    raise SystemExit(ratio < GOAL)
+    raise SystemExit(int(ratio < GOAL))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def _blocks(rows: Iterable[SourceRow], size: int) -> Iterator[list[SourceRow]]:
     while block := list(islice(rows, size)):
         yield block
 
-
+# %% ../../nbs/alignment/28b_block_plan.ipynb #8482a8d6
 class _Ids:
     "Hashes of all ids, eight bytes each, to find those that occur twice."
 
@@ -83,7 +83,7 @@ def _sha256(path: Path) -> str:
             found.update(piece)
     return found.hexdigest()
 
-
+# %% ../../nbs/alignment/28b_block_plan.ipynb #bc008d29
 def _write_parts(folder: Path, rows: Iterable[SourceRow], size: int, ids: _Ids) -> list[dict]:
     "Of each part that is written its name, hash and the sizes of its blocks."
     parts = []
@@ -152,7 +152,7 @@ class BlockPlan:
         "The rows of a block: `id`, `text`, `problem`."
         return read_block(self.folder, block)
 
-
+# %% ../../nbs/alignment/28b_block_plan.ipynb #3efd3520
 def _load_plan(folder: Path) -> tuple[dict, list[dict]]:
     "Settings and parts of the plan in a folder; raises `ValueError` for a damaged one."
     try:
@@ -172,7 +172,7 @@ def _load_plan(folder: Path) -> tuple[dict, list[dict]]:
 def _planned(folder: Path, settings: dict, parts: list[dict]) -> BlockPlan:
     return BlockPlan(folder, settings, tuple(size for part in parts for size in part["sizes"]))
 
-
+# %% ../../nbs/alignment/28b_block_plan.ipynb #7207255b
 def plan_blocks(
     folder: str | Path,  # of the plan
     rows: Iterable[SourceRow],  # of the corpus; read only where there is no plan yet

@@ -62,7 +62,7 @@ class BlockQuestions:
             pairs = self.classifier.examples_.pairs
         return {text_key(text) for text, _ in pairs}
 
-
+# %% ../../nbs/alignment/28c_block_rows.ipynb #376a255e
 def _check_method(method: str) -> None:
     "Raise `ValueError` for a method that needs more than a block's answers."
     readers = [name for name, known in METHODS.items() if known.needs == "trace"]
@@ -162,7 +162,7 @@ def _decided(questions: BlockQuestions, trace: Trace) -> tuple[pd.DataFrame, dic
     abstains = classifier.abstains(p).to_dict() if questions.abstains else {}
     return p, chosen, abstains
 
-
+# %% ../../nbs/alignment/28c_block_rows.ipynb #24483482
 def _results(questions: BlockQuestions, trace: Trace) -> dict[str, dict]:
     "The columns of each item of a trace."
     p, chosen, abstains = _decided(questions, trace)
@@ -198,7 +198,7 @@ def _in_words(error: Exception) -> str:
     "The error of a row."
     return f"{type(error).__name__}: {error}".rstrip(": ")
 
-
+# %% ../../nbs/alignment/28c_block_rows.ipynb #368a41ea
 class _Attempts:
     "Texts that are asked together, and in halves where that fails."
 
@@ -247,7 +247,7 @@ def _asking(lm: LanguageModel, questions: BlockQuestions, made: list[dict]) -> C
 
     return ask
 
-
+# %% ../../nbs/alignment/28c_block_rows.ipynb #be562015
 _MADE = ("model", "dtype", "device", "weights_hash", "tokenizer_hash", "threads")
 _MADE += ("instructions", "versions")
 
@@ -271,7 +271,7 @@ def _joined(block: pd.DataFrame, attempts: _Attempts, questions: BlockQuestions)
     columns = {name: [row.get(name) for row in rows] for name in schema.names}
     return pa.table(columns, schema=schema)
 
-
+# %% ../../nbs/alignment/28c_block_rows.ipynb #a32d9381
 def answer_block(
     lm: LanguageModel,
     questions: BlockQuestions,

@@ -63,11 +63,8 @@ def _check_sees(plan: Path) -> None:
         )
 
 # %% ../../nbs/alignment/29_block_workers.ipynb #3d6afad4
-class BlockWorker:
-    """Answers blocks; Ray calls it with a batch of their numbers.
-
-    It never raises: what went wrong is part of a result, so that it arrives as it was said.
-    """
+class _Worker:
+    "The models that a worker has loaded, and the questions that it asks them."
 
     def __init__(self, job: BlockJob):
         self.job = job
@@ -104,6 +101,10 @@ class BlockWorker:
         tried = answer_block(lm, self._questions(lm), one)
         if tried.errors:
             raise ValueError(tried.table.column("error")[0].as_py())
+
+# %% ../../nbs/alignment/29_block_workers.ipynb #f2f0ada4
+class BlockWorker(_Worker):
+    "Answers blocks; Ray calls it with a batch of their numbers."
 
     def answer(self, block: int) -> dict:
         "The result of a block: `content`, `about` (JSON), or why it `failed`."
@@ -161,7 +162,7 @@ def _places(nodes: Sequence[dict], cpus: float, gpus: float) -> int:
         places += math.floor(min(fitting) + 1e-9)
     return places
 
-
+# %% ../../nbs/alignment/29_block_workers.ipynb #da64b946
 def room_for_workers(
     nodes: Sequence[dict],  # what each machine has: {"CPU": 8.0, "GPU": 1.0}
     workers: int | None,  # wanted; None: as many as fit
@@ -206,7 +207,7 @@ def load_ray():
         ) from None
     return ray
 
-
+# %% ../../nbs/alignment/29_block_workers.ipynb #131028eb
 _WAIT = 10  # seconds for a cluster to take a connection; Ray itself would try for many minutes
 
 
@@ -227,7 +228,7 @@ def _check_listens(address: str) -> None:
     except (OSError, OverflowError) as error:
         raise _no_cluster(address, error) from None
 
-
+# %% ../../nbs/alignment/29_block_workers.ipynb #bd26fc8c
 @contextlib.contextmanager
 def ray_session(address: str) -> Iterator[object]:
     "The module ray, connected to a cluster or to one of its own ('local'), which ends afterwards."

@@ -57,7 +57,7 @@ def _of_classifier(classifier: LabelClassifier | None) -> dict | None:
     asked = {name: parameters[name] for name in ("method", "decoding", "chat", "long_text")}
     return {**asked, "instruction": parameters["instruction"], "learned": _short_hash(learned)}
 
-
+# %% ../../nbs/alignment/29b_corpus.ipynb #2435a0fc
 def _of_questions(questions: BlockQuestions) -> dict:
     "What is asked, as settings."
     plain = {}
@@ -179,7 +179,7 @@ def _results(job: BlockJob, waiting: list[int], ray: str | None, room: dict) -> 
         ):
             yield results  # closed before Ray is: an open one would keep its threads
 
-
+# %% ../../nbs/alignment/29b_corpus.ipynb #89a26c93
 def _run(plan, job: BlockJob, out: Path, ray: str | None, room: dict, progress: bool) -> CorpusRun:
     "The run in a folder that is held, from its plan on."
     started = time.time()
@@ -208,7 +208,7 @@ def _check_room(ray, workers, cpus, gpus) -> dict:
         raise ValueError("a worker has neither cpus nor gpus: give one of them")
     return {"workers": workers, "cpus": cpus, "gpus": gpus}
 
-
+# %% ../../nbs/alignment/29b_corpus.ipynb #e7ba3b68
 def probe_dataset(
     source,  # a path or URI of a file or folder (parquet, csv, jsonl), several, or a Ray dataset
     labels: LabelSet | Sequence[str] | None = None,  # None: those of the classifier

@@ -46,7 +46,7 @@ def _kind_of(path: str) -> str | None:
     endings = [ending for ending in _KINDS if name.endswith(ending)]
     return _KINDS[endings[0]] if endings else None
 
-
+# %% ../../nbs/alignment/28_corpus_rows.ipynb #6030459a
 def _located(source: str | Path) -> tuple[object, str]:
     "The file system of a path or a URI, and the path in it."
     from pyarrow import fs
@@ -132,7 +132,7 @@ def _is_read(kind: pa.DataType, texts: bool) -> bool:
     strings = pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.null()
     return strings or (not texts and pa.types.is_integer(kind))
 
-
+# %% ../../nbs/alignment/28_corpus_rows.ipynb #96347353
 def _portions(batches, columns: Sequence[str]) -> Iterator[_Portion]:
     "Ids and texts of Arrow's batches; columns: of texts, and maybe of ids."
     for batch in batches:
@@ -155,7 +155,7 @@ def _parquet_rows(file: SourceFile, columns: Sequence[str]) -> Iterator[_Portion
                 raise ValueError(f"{file.path}: its column {column!r} holds {kind}: give {wanted}")
         yield from _portions(opened.iter_batches(_PORTION, columns=list(columns)), columns)
 
-
+# %% ../../nbs/alignment/28_corpus_rows.ipynb #78eefb2f
 def _csv_rows(file: SourceFile, columns: Sequence[str], delimiter: str) -> Iterator[_Portion]:
     from pyarrow import csv
 
@@ -204,7 +204,7 @@ def _unzipped(rows: list[tuple]) -> _Portion:
     ids = [row[1] if len(row) > 1 else None for row in rows]
     return ids, texts
 
-
+# %% ../../nbs/alignment/28_corpus_rows.ipynb #1d68e1f6
 def _rows_of_file(file: SourceFile, columns: Sequence[str], delimiter: str) -> Iterator[_Portion]:
     "The portions of a file, by its kind; an error of another library names the file."
     if not file.size:
@@ -254,7 +254,7 @@ def _row(item: str, value) -> SourceRow:
         return SourceRow(item, kept, str(error))
     return SourceRow(item, value, None)
 
-
+# %% ../../nbs/alignment/28_corpus_rows.ipynb #360a2882
 def _all_portions(source, columns: Sequence[str], delimiter: str) -> Iterator[_Portion]:
     "The portions of all files, or of a `ray.data.Dataset`."
     if hasattr(source, "iter_batches"):

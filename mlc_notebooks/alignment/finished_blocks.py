@@ -57,7 +57,7 @@ def _differences(before: dict, now: dict, names: tuple[str, ...]) -> str:
             found.append(f"{name} was {before.get(name)!r}, now {now.get(name)!r}")
     return "; ".join(found)
 
-
+# %% ../../nbs/alignment/28d_finished_blocks.ipynb #98945daa
 class _MadeBy:
     "What computes the blocks of a run."
 
@@ -94,6 +94,17 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def _is_whole(path: Path, line: dict) -> bool:
+    "Whether the file of a block is as it was written; if not, it is removed, with a warning."
+    if path.is_file() and _sha256(path.read_bytes()) == line["sha256"]:
+        return True
+    warnings.warn(
+        f"{path} is damaged or gone: its {line['rows']} rows are computed again", stacklevel=4
+    )
+    path.unlink(missing_ok=True)
+    return False
+
+# %% ../../nbs/alignment/28d_finished_blocks.ipynb #dd684760
 class FinishedBlocks:
     """The finished blocks of a run in a folder that this process holds.
 
@@ -109,25 +120,14 @@ class FinishedBlocks:
         (self.out / "rows").mkdir(exist_ok=True)
         for half_written in (self.out / "rows").glob("*.part"):  # by a process that was killed
             half_written.unlink()
-        self.done = {}
-        for line in self.lines.read():
-            self.done[line["block"]] = line
-        self.done = {block: line for block, line in self.done.items() if self._is_whole(line)}
+        noted = {line["block"]: line for line in self.lines.read()}
+        self.done = {
+            block: line for block, line in noted.items() if _is_whole(self.path(block), line)
+        }
 
     def path(self, block: int) -> Path:
         "The file of a block."
         return self.out / "rows" / f"{block:07}.parquet"
-
-    def _is_whole(self, line: dict) -> bool:
-        "Whether the file of a block is as it was written."
-        path = self.path(line["block"])
-        if path.is_file() and _sha256(path.read_bytes()) == line["sha256"]:
-            return True
-        warnings.warn(
-            f"{path} is damaged or gone: its {line['rows']} rows are computed again", stacklevel=3
-        )
-        path.unlink(missing_ok=True)
-        return False
 
     @property
     def waiting(self) -> list[int]:

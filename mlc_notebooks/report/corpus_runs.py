@@ -59,7 +59,7 @@ def _check_corpus_options(args: argparse.Namespace) -> None:
     if not (args.labels or args.train):
         raise ValueError("--ray needs --labels (names or a file), or --train with labelled rows")
 
-
+# %% ../../nbs/report/06f_corpus_runs.ipynb #52424a1f
 def _source(path: Path) -> str:
     "What --file names; a URI has its two slashes again."
     found = re.match(r"([a-z][a-z0-9+]+):/+(.*)", path.as_posix())
@@ -88,7 +88,7 @@ def corpus_labels(args: argparse.Namespace, train=None):
         return read_label_file(given, none)
     return LabelSet(given, none)
 
-
+# %% ../../nbs/report/06f_corpus_runs.ipynb #39532b6e
 def _examples(args: argparse.Namespace, train) -> list:
     "The pairs that all texts are shown."
     from mlc_notebooks.data.demonstrations import draw_demonstrations, reachable_share
@@ -134,7 +134,7 @@ def run_corpus(args: argparse.Namespace, out: Path, **asked):
     except SettingsChanged as error:
         raise ValueError(f"{error} (here: --fresh, or another --out)") from None
 
-
+# %% ../../nbs/report/06f_corpus_runs.ipynb #cb5617c9
 def print_corpus(run) -> None:
     "Print what became of a corpus."
     print(f"{run.rows:,} rows in {run.blocks:,} blocks, {run.errors:,} of them with an error")
@@ -143,7 +143,7 @@ def print_corpus(run) -> None:
         print("Rows with an error have its text in the column error.")
     print(f"Results: {run.out}/rows (parquet, a file per block)")
 
-
+# %% ../../nbs/report/06f_corpus_runs.ipynb #12190a36
 def probe_corpus(args: argparse.Namespace) -> None:
     "What `mlc-probe --ray` does: go through the corpus, and print what became of it."
     _check_corpus_options(args)
