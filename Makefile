@@ -15,7 +15,7 @@ ifneq ($(wildcard ../shared/data),)
 export MLC_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: demo lab check test test-servers lint sync-check docs-check readme readme-check fast-tests nbdev-test pytest tutorials adapter recorded benchmark benchmark-rivals benchmark-cost benchmark-training benchmark-gpu benchmark-served growth studies export constraints audit
+.PHONY: demo lab check test test-servers servers lint sync-check docs-check readme readme-check fast-tests nbdev-test pytest tutorials adapter recorded benchmark benchmark-rivals benchmark-cost benchmark-training benchmark-gpu benchmark-served benchmark-scale growth studies export constraints audit
 
 demo: $(READY)
 	$(BIN)/mlc-probe --task goemotions brighter-eng --n 64 --sample main --seed 0 --out $(DEMO)
@@ -164,28 +164,52 @@ $(RIVALS)/vllm/.installed: settings.ini
 	$(VLLM_PIP) -e . pytest hypothesis -c $(@D)/constraints.txt
 	touch $@
 
-# Compiled here, in some minutes, with a C++ compiler.
-$(RIVALS)/llama/.installed:
+# Compiled here, in some minutes, with a C++ compiler, and without the AMX kernels of llama.cpp: they
+# end the process on some processors (its issue 20824). Other compilers than gcc on x86-64 need no flags.
+NO_AMX = $(if $(filter x86_64,$(shell uname -m)),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
+ELSEWHERE_PIP = $(@D)/bin/pip install --quiet --disable-pip-version-check
+
+$(RIVALS)/llama/.installed: settings.ini
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install --quiet --disable-pip-version-check 'llama-cpp-python[server]==0.3.36'
+	$(ELSEWHERE_PIP) '$(TORCH)' $(CONSTRAIN)
+	CFLAGS='$(NO_AMX)' CXXFLAGS='$(NO_AMX)' $(ELSEWHERE_PIP) --no-binary llama-cpp-python 'llama-cpp-python[server]==0.3.36'
+	$(ELSEWHERE_PIP) -e . 'pytest>=8' 'hypothesis>=6.100' $(CONSTRAIN)
 	touch $@
 
-# Real servers on this machine with the embedded model, and vLLM as a library, beside the local
-# engine. Where one cannot be installed (no compiler, no wheel), its tests are skipped and named.
-SERVERS = vllm llama
+# Ray Data, for corpora on several machines (the extra ray).
+$(RIVALS)/ray/.installed: settings.ini
+	$(PYTHON) -m venv $(@D)
+	$(ELSEWHERE_PIP) '$(TORCH)' $(CONSTRAIN)
+	$(ELSEWHERE_PIP) -e '.[ray]' 'ray[data]==2.60.0' 'pytest>=8' 'hypothesis>=6.100' $(CONSTRAIN)
+	touch $@
 
+# Other engines than our own, each in an environment of its own.
+SERVERS = vllm llama ray
+
+servers: $(SERVERS:%=$(RIVALS)/%/.installed)
+
+# Real servers on this machine with the embedded model, vLLM and llama.cpp as libraries, a cluster of
+# two nodes whose workers are killed, beside the local engine. Where an environment cannot be made (no
+# compiler, no wheel) its tests are skipped and named.
 test-servers: export MLC_RIVALS = $(abspath $(RIVALS))
 test-servers: export HF_HUB_OFFLINE = 1
 test-servers: export VLLM_CPU_KVCACHE_SPACE ?= 1
 test-servers: export TQDM_DISABLE = 1
 test-servers: $(READY)
 	$(BIN)/mlc-fetch
-	-@$(MAKE) --no-print-directory --keep-going $(SERVERS:%=$(RIVALS)/%/.installed)
+	-@$(MAKE) --no-print-directory --keep-going servers
 	$(BIN)/python -m pytest -q -rs --durations 8 tests/servers
-	@test ! -f $(RIVALS)/vllm/.installed || \
-	$(RIVALS)/vllm/bin/python -m pytest -q -rs --durations 8 tests/servers/test_vllm.py
+	@for name in $(SERVERS); do \
+	test -f $(RIVALS)/$$name/.installed || continue; \
+	echo "tests in the environment $$name"; \
+	$(RIVALS)/$$name/bin/python -m pytest -q -rs --durations 8 tests/servers/test_$$name.py || exit 1; done
+	$(MLC_VLLM) $(BIN)/jupyter nbconvert --to notebook --execute --log-level WARN --output-dir "$$(mktemp -d)" $(WITH_SERVER)
 	@for name in $(SERVERS); do test -f $(RIVALS)/$$name/.installed || \
 	echo "NOT TESTED, since it could not be installed (its error stands above): $$name"; done
+
+# One worker and two, each on a core of its own; of a quiet machine.
+benchmark-scale: $(RIVALS)/ray/.installed
+	$(RIVALS)/ray/bin/python benchmarks/scale.py $(RECORD)
 
 studies: $(READY)
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/studies/*.ipynb

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .command_runs import check_out_file, kept_batches, load_model
+from .corpus_runs import add_corpus_options, classify_corpus
 from .exits import run_command
 from .file_tasks import add_file_options, described_file, unless_described
 from .options import Parser, add_asking, some_path, some_text
@@ -24,7 +25,8 @@ _EXAMPLES = """examples:
   mlc-classify --file tickets.csv                            rows with labels teach, all get answers
   mlc-classify --file tickets.csv --labels billing,login     no labelled rows at all
   mlc-classify --file new.csv --train labelled.csv --out new.xlsx
-  mlc-classify --file tickets.csv --estimate                 how long it will take"""
+  mlc-classify --file tickets.csv --estimate                 how long it will take
+  mlc-classify --file corpus/ --train labelled.csv --ray local --out runs/corpus"""
 
 
 def _share(value: str) -> float:
@@ -93,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     add_file_options(parser)
     _add_wording(add_asking(parser, model="smollm2-135m", shots=8))
     _add_teaching(parser)
+    add_corpus_options(parser)
     _add_results(parser)
     return parser
 
@@ -339,6 +342,10 @@ _NOT_OF_FILE = ("labels_column", "annotator")  # with --train they are about its
 
 def _classify(args: argparse.Namespace) -> None:
     "Answer, calibrate, decide and write, or only estimate, as the command line says."
+    if args.ray:
+        _check_can_learn(args, args.train)
+        classify_corpus(args, _classifier, load_model)
+        return
     path = None if args.estimate else _results_path(args)
     described = described_file(args, without=_NOT_OF_FILE)
     known = _known_rows(described.task)

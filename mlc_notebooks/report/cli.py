@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..models.fetch import WHEEL_MODELS
 from .command_runs import check_out, kept_batches, load_model
+from .corpus_runs import add_corpus_options, probe_corpus
 from .exits import run_command
 from mlc_notebooks.report.file_tasks import (
     add_file_options,
@@ -82,7 +83,8 @@ _PROBE_EXAMPLES = """examples:
   mlc-probe --task convabuse --shots 10 --n 50   another task, ten demonstrations
   mlc-probe --file my.csv                        your own: columns "text" and "labels" (joy; anger)
   mlc-probe --file my.csv --describe             how the file is understood; no model is run
-  mlc-probe --file texts.jsonl --labels labels.txt --model path/to/model"""
+  mlc-probe --file texts.jsonl --labels labels.txt --model path/to/model
+  mlc-probe --file corpus/ --labels joy,anger --ray local     any number of texts, in blocks"""
 
 
 def _probe_parser() -> argparse.ArgumentParser:
@@ -94,6 +96,7 @@ def _probe_parser() -> argparse.ArgumentParser:
     what.add_argument("--task", nargs="+", metavar="NAME", help=named)
     add_file_options(parser)
     _add_answering(add_asking(parser, model="smollm2-135m-emotions", shots=0))
+    add_corpus_options(parser)
     add_out(parser, "runs/probe", "the report")
     return parser
 
@@ -146,6 +149,9 @@ def _print_reading(checks: dict) -> None:
 # %% ../../nbs/report/07_cli.ipynb #ccddb1a6
 def _probe_and_report(args: argparse.Namespace) -> None:
     "Probe, write the report and print its summary, as the command line says."
+    if args.ray:
+        probe_corpus(args)
+        return
     tasks = _tasks(args, ["goemotions", "brighter-eng"], 64, "main")
     check_out(args.out)
 
