@@ -7,6 +7,7 @@ from . import merging as merging
 from . import hashes as hashes
 from . import loading as loading
 from . import language_model as language_model
+from . import gguf as gguf
 from . import lm as lm
 from . import tokens as tokens
 from . import encoders as encoders
@@ -47,6 +48,13 @@ from .language_model import check_any_token as check_any_token
 from .language_model import check_weights as check_weights
 from .language_model import has_weights as has_weights
 from .language_model import vocabulary_hash as vocabulary_hash
+from .gguf import GgufLM as GgufLM
+from .gguf import check_same_ids as check_same_ids
+from .gguf import files_hash as files_hash
+from .gguf import gguf_files as gguf_files
+from .gguf import is_gguf as is_gguf
+from .gguf import llama_library as llama_library
+from .gguf import load_gguf as load_gguf
 from .lm import LM as LM
 from .lm import load_lm as load_lm
 from .tokens import AnswerTokens as AnswerTokens

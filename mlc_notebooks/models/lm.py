@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from .adapters import adapter_chain
+from .gguf import is_gguf, load_gguf
 from .hashes import WeightHash
 from .language_model import LanguageModel, vocabulary_hash
 from .loading import load_parts
@@ -119,14 +120,15 @@ def _load_base(name: str, base: str, dtype: torch.dtype, trust_remote_code: bool
 
 # %% ../../nbs/models/03_lm.ipynb #18556807
 def load_lm(
-    name: str | Path = "smollm2-135m-emotions",  # a short name, a folder, or a hub id
+    name: str | Path = "smollm2-135m-emotions",  # a short name, a folder, a hub id, a GGUF file
     dtype: str = "float32",  # "bfloat16" is faster where the CPU has it, and less exact
     device: str = "auto",  # "cpu", "cuda", ...; auto: a GPU where there is one
     trust_remote_code: bool = False,  # run Python code that comes with the model
-) -> LM:
+) -> LanguageModel:
     """A causal language model, ready to be asked.
 
-    A folder with an adapter (peft) is merged into the model that it names. Raises
+    A folder with an adapter (peft) is merged into the model that it names. A name that ends in
+    .gguf is a file for llama.cpp (`models.gguf`); its numbers stay as they are stored. Raises
     `FileNotFoundError` for a folder that does not exist, holds no model or lacks a tokenizer,
     `OSError` for a name or a folder that cannot be loaded, `ValueError` for a damaged file, an
     adapter that cannot be merged, an unknown dtype or device.
@@ -134,6 +136,8 @@ def load_lm(
     torch_dtype = _float_dtype(dtype)
     device = _usable_device(device)
     name = str(name)
+    if is_gguf(name):
+        return load_gguf(name, device)
 
     base, adapters = adapter_chain(name)
     if not adapters:
