@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/engine/llama_cache.html.md""
 # %% auto #0
 __all__ = ['TokenBatch', 'batch_arrays', 'cell_bytes', 'CacheFull', 'LlamaCache']
 
-# %% ../../nbs/engine/04c_llama_cache.ipynb #81956563
+# %% ../../nbs/engine/04c_llama_cache.ipynb #0525e0b2
 import ctypes
 import weakref
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ import torch
 
 from ..models.gguf import GgufLM, llama_library
 
-# %% ../../nbs/engine/04c_llama_cache.ipynb #4842c337
+# %% ../../nbs/engine/04c_llama_cache.ipynb #575fd047
 @dataclass
 class TokenBatch:
     "Tokens that are computed together, each with its position and the sequences it belongs to."
@@ -34,7 +34,7 @@ class TokenBatch:
         self.sequences.append([sequence])
         return len(self.ids) - 1
 
-# %% ../../nbs/engine/04c_llama_cache.ipynb #925f2b93
+# %% ../../nbs/engine/04c_llama_cache.ipynb #ae9229cb
 def _pointer(array: np.ndarray, kind):
     "The array's memory as a pointer of ctypes."
     return array.ctypes.data_as(ctypes.POINTER(kind))
@@ -56,7 +56,19 @@ def batch_arrays(batch: TokenBatch) -> dict[str, np.ndarray]:
         "logits": wanted,
     }
 
-# %% ../../nbs/engine/04c_llama_cache.ipynb #105ae392
+
+def _c_batch(arrays: dict[str, np.ndarray]):
+    "llama.cpp's batch over these arrays."
+    batch = llama_library().llama_batch()
+    batch.n_tokens = len(arrays["token"])
+    for name in ("token", "pos", "n_seq_id"):
+        setattr(batch, name, _pointer(arrays[name], ctypes.c_int32))
+    batch.logits = _pointer(arrays["logits"], ctypes.c_int8)
+    numbers = ctypes.POINTER(ctypes.c_int32)
+    batch.seq_id = ctypes.cast(arrays["seq_id"].ctypes.data, ctypes.POINTER(numbers))
+    return batch
+
+# %% ../../nbs/engine/04c_llama_cache.ipynb #443acb27
 def cell_bytes(lm: GgufLM) -> int:
     "Bytes that the keys and values of one token take."
     llama_cpp = llama_library()
@@ -81,7 +93,7 @@ def _options(lm: GgufLM, cells: int, sequences: int, reads: int):
     options.n_threads = options.n_threads_batch = torch.get_num_threads()
     return options
 
-# %% ../../nbs/engine/04c_llama_cache.ipynb #3bc8986d
+# %% ../../nbs/engine/04c_llama_cache.ipynb #b148efd6
 class CacheFull(RuntimeError):
     "There are not as many free cells as a batch has tokens; nothing was computed."
 
@@ -124,27 +136,15 @@ class LlamaCache:
         """
         llama_cpp = llama_library()
         arrays = batch_arrays(batch)
-        found = llama_cpp.llama_decode(self.context, _c_batch(arrays))
+        found = 1
+        if len(batch.ids) <= self.cells:  # a larger one would end the process
+            found = llama_cpp.llama_decode(self.context, _c_batch(arrays))
         if found == 1:
             raise CacheFull(f"no room for {len(batch.ids)} tokens among {self.cells} cells")
         if found:
-            raise RuntimeError(
-                f"{self.lm.name}: llama.cpp could not decode a batch (it says {found})"
-            )
+            raise RuntimeError(f"{self.lm.name}: llama.cpp cannot decode a batch (it says {found})")
         shape = (len(batch.reads), self.lm.vocabulary_size)
         if not batch.reads:
             return torch.empty(shape)
         logits = llama_cpp.llama_get_logits(self.context)
         return torch.from_numpy(np.ctypeslib.as_array(logits, shape))
-
-
-def _c_batch(arrays: dict[str, np.ndarray]):
-    "llama.cpp's batch over these arrays."
-    batch = llama_library().llama_batch()
-    batch.n_tokens = len(arrays["token"])
-    for name in ("token", "pos", "n_seq_id"):
-        setattr(batch, name, _pointer(arrays[name], ctypes.c_int32))
-    batch.logits = _pointer(arrays["logits"], ctypes.c_int8)
-    numbers = ctypes.POINTER(ctypes.c_int32)
-    batch.seq_id = ctypes.cast(arrays["seq_id"].ctypes.data, ctypes.POINTER(numbers))
-    return batch
