@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/engine/llama_cache.html.md""
 # %% auto #0
 __all__ = ['TokenBatch', 'batch_arrays', 'cell_bytes', 'CacheFull', 'LlamaCache']
 
-# %% ../../nbs/engine/04c_llama_cache.ipynb #0525e0b2
+# %% ../../nbs/engine/04c_llama_cache.ipynb #87567f5d
 import ctypes
 import weakref
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ import torch
 
 from ..models.gguf import GgufLM, llama_library
 
-# %% ../../nbs/engine/04c_llama_cache.ipynb #575fd047
+# %% ../../nbs/engine/04c_llama_cache.ipynb #3951dd68
 @dataclass
 class TokenBatch:
     "Tokens that are computed together, each with its position and the sequences it belongs to."
@@ -34,7 +34,7 @@ class TokenBatch:
         self.sequences.append([sequence])
         return len(self.ids) - 1
 
-# %% ../../nbs/engine/04c_llama_cache.ipynb #ae9229cb
+# %% ../../nbs/engine/04c_llama_cache.ipynb #0b469eaa
 def _pointer(array: np.ndarray, kind):
     "The array's memory as a pointer of ctypes."
     return array.ctypes.data_as(ctypes.POINTER(kind))
@@ -68,7 +68,7 @@ def _c_batch(arrays: dict[str, np.ndarray]):
     batch.seq_id = ctypes.cast(arrays["seq_id"].ctypes.data, ctypes.POINTER(numbers))
     return batch
 
-# %% ../../nbs/engine/04c_llama_cache.ipynb #443acb27
+# %% ../../nbs/engine/04c_llama_cache.ipynb #4b31dc12
 def cell_bytes(lm: GgufLM) -> int:
     "Bytes that the keys and values of one token take."
     llama_cpp = llama_library()
@@ -93,7 +93,7 @@ def _options(lm: GgufLM, cells: int, sequences: int, reads: int):
     options.n_threads = options.n_threads_batch = torch.get_num_threads()
     return options
 
-# %% ../../nbs/engine/04c_llama_cache.ipynb #b148efd6
+# %% ../../nbs/engine/04c_llama_cache.ipynb #6141b22d
 class CacheFull(RuntimeError):
     "There are not as many free cells as a batch has tokens; nothing was computed."
 

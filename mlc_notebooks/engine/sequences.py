@@ -1,4 +1,4 @@
-"""A prompt tree in llama.cpp's cache: shared beginnings computed once, many continuations in one batch
+"""A prompt tree in llama.cpp's cache, where texts share their beginnings
 
 Docs: https://mlc-notebooks.github.io/mlc_notebooks/engine/sequences.html.md"""
 
@@ -8,7 +8,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/engine/sequences.html.md"""
 __all__ = ['NoSequence', 'Sequences', 'forget_nodes', 'give_up_oldest', 'NextBatch', 'end_batch', 'Batches', 'check_offered',
            'read_logits', 'SequenceTree', 'AloneTree']
 
-# %% ../../nbs/engine/04c_sequences.ipynb #1c8f5dfd
+# %% ../../nbs/engine/04c_sequences.ipynb #0f07adba
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -21,7 +21,7 @@ from .tree import Node, Predictions
 from ..models.gguf import GgufLM
 from ..models.language_model import NotOffered
 
-# %% ../../nbs/engine/04c_sequences.ipynb #86f112a8
+# %% ../../nbs/engine/04c_sequences.ipynb #0046c498
 class NoSequence(RuntimeError):
     "Every sequence is needed by the batch that is being filled."
 
@@ -64,7 +64,7 @@ class Sequences:
             self.cache.copy(source, sequence, end)
         return sequence
 
-# %% ../../nbs/engine/04c_sequences.ipynb #db4e3004
+# %% ../../nbs/engine/04c_sequences.ipynb #b29f39b2
 def _shorten(book: "Sequences", sequence: int):
     "Cut a sequence to the end of its last node; without nodes it is free."
     ends = [node.depth + len(node.ids) for node in book.nodes[sequence]]
@@ -98,7 +98,7 @@ def give_up_oldest(book: Sequences, needed: Iterable[int]) -> bool:
             return True
     return False
 
-# %% ../../nbs/engine/04c_sequences.ipynb #72d845a1
+# %% ../../nbs/engine/04c_sequences.ipynb #662774b8
 class NextBatch:
     "The batch that is being filled, and what must be undone if it cannot be computed."
 
@@ -152,7 +152,7 @@ class NextBatch:
         self.again.append(sequence)
         self._append(node.ids[-1:], last, sequence)
 
-# %% ../../nbs/engine/04c_sequences.ipynb #b1d9ce79
+# %% ../../nbs/engine/04c_sequences.ipynb #a82a1a58
 def end_batch(batch: NextBatch, computed: bool = True):
     "Drop the sequences that only read again; of a batch that was not computed, its nodes too."
     book = batch.book
@@ -163,7 +163,7 @@ def end_batch(batch: NextBatch, computed: bool = True):
     if not computed:
         forget_nodes(book, batch.added)
 
-# %% ../../nbs/engine/04c_sequences.ipynb #533cf7e0
+# %% ../../nbs/engine/04c_sequences.ipynb #04e70bb7
 class Batches:
     "Batches of nodes, each as large as the cache allows. `new_cache` makes a cache of n cells."
 
@@ -216,7 +216,7 @@ class Batches:
         self.book = Sequences(self.new_cache(2 * self.book.cache.cells + len(node.path())))
         return 1
 
-# %% ../../nbs/engine/04c_sequences.ipynb #2671d715
+# %% ../../nbs/engine/04c_sequences.ipynb #f2143bde
 def check_offered(lm: GgufLM, hidden: bool, attention: bool):
     "Nothing; raises `NotOffered` where hidden states or attention are asked for."
     if hidden or attention:
@@ -240,7 +240,7 @@ def read_logits(
         )
     return found
 
-# %% ../../nbs/engine/04c_sequences.ipynb #158836c5
+# %% ../../nbs/engine/04c_sequences.ipynb #eec845f1
 _MEGABYTES_KEPT = 100  # of keys and values of answers under way
 _MEGABYTES_READ = 64  # of logits in one batch
 
@@ -295,7 +295,7 @@ class SequenceTree:
         book = self.batches.book
         forget_nodes(book, [node for node in book.place if node is not self.root])
 
-# %% ../../nbs/engine/04c_sequences.ipynb #c6b01a24
+# %% ../../nbs/engine/04c_sequences.ipynb #41a5ef98
 class AloneTree:
     "The slow twin: every path from its beginning, alone in an empty cache."
 

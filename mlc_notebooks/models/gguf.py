@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/models/gguf.html.md"""
 # %% auto #0
 __all__ = ['is_gguf', 'gguf_files', 'files_hash', 'llama_library', 'check_same_ids', 'GgufLM', 'load_gguf']
 
-# %% ../../nbs/models/02i_gguf.ipynb #f63b96cf
+# %% ../../nbs/models/02i_gguf.ipynb #10865258
 import ctypes
 import hashlib
 import os
@@ -22,7 +22,7 @@ from .language_model import LanguageModel, vocabulary_hash
 from .names import first_line, shown
 from .quiet import quiet_transformers
 
-# %% ../../nbs/models/02i_gguf.ipynb #e9f9d733
+# %% ../../nbs/models/02i_gguf.ipynb #fe957f18
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
@@ -63,7 +63,7 @@ def gguf_files(name: str | Path) -> list[Path]:
         _check_file(file)
     return files
 
-# %% ../../nbs/models/02i_gguf.ipynb #13d84e52
+# %% ../../nbs/models/02i_gguf.ipynb #4fc6ba50
 @cache
 def _hash_of_file(path: Path, size: int, changed: int) -> str:
     "The sha256 of a file's bytes; the same file, unchanged, is not read again."
@@ -83,7 +83,7 @@ def files_hash(files: Sequence[Path]) -> str:
         whole.update(digest.encode())
     return whole.hexdigest()[:16]
 
-# %% ../../nbs/models/02i_gguf.ipynb #b9cd81d0
+# %% ../../nbs/models/02i_gguf.ipynb #837acd28
 _complaints = []  # what llama.cpp said of errors, the newest last
 
 
@@ -120,7 +120,7 @@ def _first_complaint() -> str:
     said = _complaints[0] if _complaints else "no reason given"
     return said.partition(": ")[2] or said
 
-# %% ../../nbs/models/02i_gguf.ipynb #dc138049
+# %% ../../nbs/models/02i_gguf.ipynb #3838d879
 def _load_weights(files: Sequence[Path], device: str):
     "llama.cpp's handle of a model; raises `OSError` for a file that it cannot load."
     llama_cpp = llama_library()
@@ -155,7 +155,7 @@ def _quantisation(file_type: str | None) -> str:
         return "GGUF"
     return name.removeprefix("MOSTLY_").removeprefix("ALL_")
 
-# %% ../../nbs/models/02i_gguf.ipynb #bc8db656
+# %% ../../nbs/models/02i_gguf.ipynb #ecd67597
 _NASTY = (
     "What a day!",
     " A leading space,  two spaces and a trailing one ",
@@ -189,7 +189,7 @@ def check_same_ids(name: str, text: str, ours: Sequence[int], theirs: Sequence[i
             "use the model's original folder with load_lm"
         )
 
-# %% ../../nbs/models/02i_gguf.ipynb #18f27d10
+# %% ../../nbs/models/02i_gguf.ipynb #5d3474f5
 @dataclass(eq=False, repr=False)
 class GgufLM(LanguageModel):
     "A quantised model in a GGUF file, computed by llama.cpp in this process."
@@ -245,7 +245,7 @@ class GgufLM(LanguageModel):
         "Short hashes of the model's files and of its tokenizer."
         return {"weights": files_hash(self.files), "tokenizer": vocabulary_hash(self.tokenizer)}
 
-# %% ../../nbs/models/02i_gguf.ipynb #2a71fae4
+# %% ../../nbs/models/02i_gguf.ipynb #9d254891
 def _gguf_tokenizer(path: Path):
     "The tokenizer in a GGUF file; raises `ValueError` for a kind that transformers cannot read."
     from transformers import AutoTokenizer

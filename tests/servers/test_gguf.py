@@ -64,7 +64,7 @@ def local():
 
 @pytest.fixture(scope="module")
 def task():
-    return load_task("goemotions").sample(3, seed=1)
+    return load_task("goemotions").sample(2, seed=1)
 
 
 def grow(lm, tree) -> list[Node]:
