@@ -21,7 +21,9 @@ from .attention import LANES
 from .memory import process_policy
 from .packed import PackedTree
 from .rows import RowsTree
+from .sequences import AloneTree, SequenceTree
 from .tree import Node, PlainTree, Predictions, PromptTree
+from ..models.gguf import GgufLM
 from ..models.language_model import LanguageModel, check_weights, has_weights
 from ..models.lm import LM
 
@@ -108,13 +110,17 @@ def packs(lm: LM) -> bool:
 # %% ../../nbs/engine/05_backend.ipynb #9b3e2550
 def prompt_tree(
     lm: LanguageModel, shared: Sequence[int] = (), no_cache: bool = False
-) -> PackedTree | PlainTree | RowsTree:
+) -> PromptTree:
     """The packed tree where the model can be trusted with it, else the plain one.
 
-    A model that is computed elsewhere is asked for rows. `shared` is the beginning of all prompts.
-    `no_cache`: the plain tree, whatever the model; it needs weights. Warns of a model that cannot
-    be packed.
+    A GGUF file has its own two trees (`engine.sequences`): the slow one for a model whose state
+    stands for the whole text. A model that is computed elsewhere is asked for rows. `shared` is
+    the beginning of all prompts. `no_cache`: the plain tree, whatever the model; not for models
+    that are computed elsewhere. Warns of a model that cannot be packed.
     """
+    if isinstance(lm, GgufLM):
+        process_policy("probing")
+        return SequenceTree(lm, shared) if lm.copies and not no_cache else AloneTree(lm, shared)
     if not has_weights(lm):
         if no_cache:
             check_weights(lm, "no_cache=True")

@@ -12,6 +12,7 @@ from . import http as http
 from . import completions as completions
 from . import served as served
 from . import vllm as vllm
+from . import gguf as gguf
 from . import chat_answers as chat_answers
 from . import servers as servers
 from . import chat as chat
@@ -97,6 +98,13 @@ from .served import load_served as load_served
 from .vllm import VllmLM as VllmLM
 from .vllm import complete_told as complete_told
 from .vllm import load_vllm as load_vllm
+from .gguf import GgufLM as GgufLM
+from .gguf import check_same_ids as check_same_ids
+from .gguf import files_hash as files_hash
+from .gguf import gguf_files as gguf_files
+from .gguf import is_gguf as is_gguf
+from .gguf import llama_library as llama_library
+from .gguf import load_gguf as load_gguf
 from .chat_answers import ChatAnswer as ChatAnswer
 from .chat_answers import ReportedToken as ReportedToken
 from .chat_answers import Told as Told

@@ -16,6 +16,7 @@ import torch
 
 from .adapters import adapter_chain
 from .chat import load_from_server
+from .gguf import is_gguf, load_gguf
 from .hashes import WeightHash
 from .language_model import LanguageModel, vocabulary_hash
 from .loading import load_parts
@@ -146,8 +147,22 @@ def _load_vllm(name: str, dtype: str, device: str, trust_remote_code: bool) -> L
     return load_vllm(name.removeprefix("vllm:"), dtype, trust_remote_code)
 
 # %% ../../nbs/models/03_lm.ipynb #18556807
+def _load_local(name: str, dtype: torch.dtype, device: str, trust_remote_code: bool) -> LM:
+    "A model with its weights in this process."
+    base, adapters = adapter_chain(name)
+    if not adapters:
+        model, tokenizer = _load_base(name, base, dtype, trust_remote_code)
+        return LM(name, model.to(device).eval(), tokenizer)
+
+    model, tokenizer = _load_base(name, base, torch.float32, trust_remote_code)
+    model = model.to(device).eval()
+    for folder in adapters:
+        model = merge_adapter(model, folder)  # in float32, and rounded afterwards
+    return LM(name, model.to(dtype).eval(), tokenizer)
+
+
 def load_lm(
-    name: str | Path = "smollm2-135m-emotions",  # a short name, a folder, a hub id, an address
+    name: str | Path = "smollm2-135m-emotions",  # see below
     dtype: str = "float32",  # "bfloat16" is faster where the CPU has it, and less exact
     device: str = "auto",  # "cpu", "cuda", ...; auto: a GPU where there is one
     trust_remote_code: bool = False,  # run Python code that comes with the model
@@ -155,30 +170,25 @@ def load_lm(
 ) -> LanguageModel:
     """A causal language model, ready to be asked.
 
-    A folder with an adapter (peft) is merged into the model that it names. "vllm:" before a name:
-    vLLM computes it (`models.vllm`). An address (http://host:port/v1) is that of a server;
-    `models.chat.load_from_server` has its options and errors. Raises `FileNotFoundError` for a
-    folder that does not exist, holds no model or lacks a tokenizer, `OSError` for a name or a
-    folder that cannot be loaded, `ValueError` for a damaged file, an adapter that cannot be
-    merged, an unknown dtype or device.
+    `name` is a short name, a folder, or a hub id; a folder with an adapter (peft) is merged into
+    the model that it names. With "vllm:" before it, vLLM computes the model (`models.vllm`). A path
+    that ends in .gguf is a file for llama.cpp (`models.gguf`), whose numbers stay as they are
+    stored. An address (http://host:port/v1) is that of a server; `models.chat.load_from_server` has
+    its options and errors.
+
+    Raises `FileNotFoundError` for a folder that does not exist, holds no model or lacks a
+    tokenizer, `OSError` for a name or a folder that cannot be loaded, `ValueError` for a damaged
+    file, an adapter that cannot be merged, an unknown dtype or device.
     """
     name = str(name)
     if is_server(name):
         _check_left_to_server(dtype, device)
         return load_from_server(name, trust_remote_code=trust_remote_code, **served)
     _check_no_server_options(name, served)
+    if is_gguf(name):
+        return load_gguf(name, device)
+
     torch_dtype = _float_dtype(dtype)
     if name.startswith("vllm:"):
         return _load_vllm(name, dtype, device, trust_remote_code)
-    device = _usable_device(device)
-
-    base, adapters = adapter_chain(name)
-    if not adapters:
-        model, tokenizer = _load_base(name, base, torch_dtype, trust_remote_code)
-        return LM(name, model.to(device).eval(), tokenizer)
-
-    model, tokenizer = _load_base(name, base, torch.float32, trust_remote_code)
-    model = model.to(device).eval()
-    for folder in adapters:
-        model = merge_adapter(model, folder)  # in float32, and rounded afterwards
-    return LM(name, model.to(torch_dtype).eval(), tokenizer)
+    return _load_local(name, torch_dtype, _usable_device(device), trust_remote_code)
