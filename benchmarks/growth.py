@@ -129,7 +129,9 @@ def measure(point: dict) -> dict:
         "tokens_a_text": counter.take() / len(task),
         "steps_a_text": len(trace.steps) / len(task),
         "peak_mb": peak_megabytes(),
-        "widest_interval": 0.0 if trace.bounds is None else float(np.ptp(trace.bounds, axis=2).max()),
+        "widest_interval": 0.0
+        if trace.bounds is None
+        else float(np.ptp(trace.bounds, axis=2).max()),
     }
 
 
