@@ -102,6 +102,7 @@ from .command_runs import check_out as check_out
 from .command_runs import check_out_file as check_out_file
 from .command_runs import kept_batches as kept_batches
 from .command_runs import load_model as load_model
+from .command_runs import loading_options as loading_options
 from .corpus_runs import add_corpus_options as add_corpus_options
 from .corpus_runs import classify_corpus as classify_corpus
 from .corpus_runs import corpus_labels as corpus_labels

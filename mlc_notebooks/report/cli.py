@@ -106,7 +106,8 @@ def _add_answering(how) -> None:
     add = how.add_argument
     default = "(default: %(default)s)"
     add("--decoding", choices=("free", "guided"), default="free", help=default)
-    add("--reading", choices=("exact", "first_token"), default="exact", help=default)
+    full = "(default: exact, or what a chat server reports)"
+    add("--reading", choices=("exact", "first_token"), help=full)
     add("--format", choices=("json", "comma", "polysyndeton"), default="json", help=default)
     add("--chat", action="store_true", help="ask in the model's chat template")
     too_long = f"texts over the context {default}"
@@ -165,11 +166,17 @@ def _probe_and_report(args: argparse.Namespace) -> None:
         checks = {name: reading_check(trace, by_name[name]) for name, trace in traces.items()}
         page = write_report(traces, args.out, by_name, checks=checks)
     _print_reading(checks)
-    _print_summary(args, run_summary(traces), page)
+    _print_summary(args, run_summary(traces), page, _reading_of(traces))
 
 
-def _print_summary(args: argparse.Namespace, summary, page: Path) -> None:
-    asked = f"{args.shots}-shot, {args.decoding} decoding, {args.reading} reading"
+def _reading_of(traces: dict) -> str:
+    "How the steps of all traces were read; one model reads all in one way."
+    trace = next(iter(traces.values()))
+    return trace.settings["reading"]
+
+
+def _print_summary(args: argparse.Namespace, summary, page: Path, reading: str) -> None:
+    asked = f"{args.shots}-shot, {args.decoding} decoding, {reading} reading"
     print(f"\n{args.model}, {asked}\n")
     print(summary.to_string())
     print(f"\nMeans with 95 % bootstrap intervals over texts.\nReport: {page}")

@@ -12,7 +12,7 @@ import argparse
 import re
 from pathlib import Path
 
-from .command_runs import check_out, kept_batches
+from .command_runs import check_out, kept_batches, loading_options
 from .file_tasks import file_labels, training_task
 from .options import some_text, whole_number
 
@@ -101,11 +101,6 @@ def _examples(args: argparse.Namespace, train) -> list:
     return draw_demonstrations(train, args.shots, args.seed, share)
 
 # %% ../../nbs/report/06f_corpus_runs.ipynb #0a986360
-def _loading(args: argparse.Namespace) -> dict:
-    "How the workers load the model; a server has its own dtype."
-    return {} if "://" in args.model else {"dtype": args.dtype}
-
-
 def run_corpus(args: argparse.Namespace, out: Path, **asked):
     "The `CorpusRun` of --file; `asked` are labels and further arguments of `probe_dataset`."
     from mlc_notebooks.alignment.block_workers import load_ray
@@ -126,7 +121,7 @@ def run_corpus(args: argparse.Namespace, out: Path, **asked):
             ray=args.ray,
             threads=args.threads,
             block_size=args.block_size,
-            load=_loading(args),
+            load=loading_options(args),
             **workers,
             **columns,
             **asked,

@@ -58,6 +58,10 @@ _OPTION_OF = {  # by the name of the argument
     "delimiter": "delimiter",
     "encoding": "encoding",
     "sheet": "sheet",
+    "model": "server-model",
+    "tokenizer": "tokenizer",
+    "cpus": "worker-cpus",
+    "ray": "ray",
 }
 _ARGUMENT = re.compile(rf"(?<![\w-])({'|'.join(_OPTION_OF)})=(?:'([^']*)'|([\w.]*))")
 _PHRASES = {

@@ -85,8 +85,12 @@ def add_asking(parser: argparse.ArgumentParser, model: str, shots: int):
     how = parser.add_argument_group("how to ask")
     add = how.add_argument
     default = "(default: %(default)s)"
-    named = f"embedded model, folder or hub id {default}"
+    named = f"embedded model, folder, hub id, .gguf file, or a server's address {default}"
     add("--model", type=some_text, default=model, help=named)
+    which = "the name of the model there, where --model is an address"
+    add("--server-model", type=some_text, metavar="NAME", help=which)
+    whose = "short name, folder or hub id with its tokenizer, where --model is an address"
+    add("--tokenizer", type=some_text, metavar="NAME", help=whose)
     shown = f"labelled texts to show as examples {default}"
     add("--shots", type=whole_number(0), default=shots, help=shown)
     seed = f"of sampling and demonstrations {default}"
