@@ -13,7 +13,6 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import logsumexp
 
 from ..data.checks import check_number
 from ..engine.scheduler import Prediction, Request
@@ -135,7 +134,7 @@ class PartialReading:
         rows = np.asarray(rows, float)
         self.read[nodes] = True
         ends = trie.ends[nodes] >= 0
-        endings = logsumexp(rows[ends][:, self.terminators], axis=1)
+        endings = np.logaddexp.reduce(rows[ends][:, self.terminators], axis=1)
         self.ended[nodes[ends]] = self.reach[nodes[ends]] + endings
 
         row = np.full(len(trie.parents), -1)
