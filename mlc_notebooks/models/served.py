@@ -188,7 +188,7 @@ PROBE_TEXTS = (
     "She looked at the letter and began to",
     "2 + 2 = 4, 3 + 3 =",
 )
-SAME_AT_ONCE = 0.5  # one log-probability
+SAME_AT_ONCE = 0.3  # one log-probability
 
 
 def _identity(said: dict) -> str:

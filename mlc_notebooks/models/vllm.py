@@ -99,7 +99,7 @@ def _told(answer) -> list[dict[int, float]]:
 
 # %% ../../nbs/models/02h_vllm.ipynb #c9225aaf
 def complete_told(
-    lm: "VllmLM", rows: Sequence[Sequence[int]], told: Sequence[dict], watch: Sequence[int]
+    lm: LanguageModel, rows: Sequence[Sequence[int]], told: Sequence[dict], watch: Sequence[int]
 ) -> NextTokens:
     """What is predicted after rows of which the first 128 watched tokens are told.
 
@@ -123,7 +123,10 @@ def complete_told(
 
 # %% ../../nbs/models/02h_vllm.ipynb #60826e4c
 def _written(
-    lm: "VllmLM", rows: Sequence[Sequence[int]], told: Sequence[list[dict]], watch: Sequence[int]
+    lm: LanguageModel,
+    rows: Sequence[Sequence[int]],
+    told: Sequence[list[dict]],
+    watch: Sequence[int],
 ) -> list[Written]:
     "What was written after each row, each of its tokens read like a row of its own."
     ids = [[next(iter(place)) for place in answer] for answer in told]
