@@ -9,6 +9,7 @@ Every part prints its rows as soon as it is done, so a run that is cut off has t
 """
 
 import argparse
+import gc
 import json
 import platform
 import time
@@ -233,28 +234,33 @@ def rivals(lm: LM, texts: int, out: Path, tokenizer: str, with_vllm: bool):
 
 def short_memory(lm: LM, texts: int, out: Path):
     "The same answers where memory runs out: the card is made small for this process."
+    halved = []
+    halve = PackedTree._halve_passes
+
+    def counted(tree, pieces):
+        halve(tree, pieces)
+        halved.append(tree.tokens_per_pass)
+
+    PackedTree._halve_passes = counted
     whole = probe(lm, texts)
-    torch.cuda.empty_cache()
-    taken = torch.cuda.memory_allocated()
     total = torch.cuda.get_device_properties(0).total_memory
-    for spare in (2**31, 2**30, 2**29):
-        torch.cuda.set_per_process_memory_fraction((taken + spare) / total)
+    for spare in (4096, 1792, 1408, 1280):
+        gc.collect()
+        torch.cuda.empty_cache()
+        halved.clear()
+        taken = torch.cuda.memory_allocated()
+        torch.cuda.set_per_process_memory_fraction((taken + spare * 2**20) / total)
+        row = dict(part="short memory", spare_mib=spare, taken_mib=taken >> 20)
         try:
             short = probe(lm, texts)
         except torch.OutOfMemoryError:
-            tell(out, part="short memory", spare_mib=spare >> 20, finished=False)
-            break
+            tell(out, **row, finished=False, halved_to=list(halved))
+            continue
         same = short.items["outcomes"].equals(whole.items["outcomes"])
         apart = float(np.abs(short.probs - whole.probs).max()) if same else float("nan")
-        tell(
-            out,
-            part="short memory",
-            spare_mib=spare >> 20,
-            finished=True,
-            same_answers=bool(same),
-            apart=apart,
-        )
+        tell(out, **row, finished=True, halved_to=list(halved), same=bool(same), apart=apart)
     torch.cuda.set_per_process_memory_fraction(1.0)
+    PackedTree._halve_passes = halve
 
 
 def parsed():
@@ -282,7 +288,7 @@ def main():
     exact = random_model("small", "float32", asked.device, tokenizer)
     agreement(exact, asked.out)
     if on_gpu:
-        short_memory(exact, 64, asked.out)
+        short_memory(exact, 256, asked.out)
 
     lm = random_model(asked.shape, asked.dtype, asked.device, tokenizer)
     agreement(lm, asked.out)
