@@ -93,17 +93,20 @@ ROOMS = data models engine probing metrics alignment report
 
 nbdev-test: $(READY)
 	$(BIN)/mlc-fetch
-	@for part in $(ROOMS) all.ipynb index.ipynb; do \
+	@for part in $(ROOMS) all.ipynb backends.ipynb index.ipynb; do \
 	$(BIN)/nbdev-test nbs/$$part --n-workers 2 --timing || exit 1; done
 
 pytest: $(READY)
 	$(BIN)/mlc-fetch
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 8
 
-# Every tutorial once, from top to bottom, into a temporary copy.
+# This tutorial needs a server: make test-servers runs it.
+WITH_SERVER = nbs/tutorials/11_a_larger_model.ipynb
+
+# Every other tutorial once, from top to bottom, into a temporary copy.
 tutorials: $(READY)
 	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
-	printf '%s\n' nbs/tutorials/[0-9]*.ipynb | \
+	printf '%s\n' $(filter-out $(WITH_SERVER),$(wildcard nbs/tutorials/[0-9]*.ipynb)) | \
 	xargs -P 2 -I {} $(BIN)/jupyter nbconvert --to notebook --execute --log-level WARN --output-dir "$$out" {}
 
 README_FROM = $(BIN)/jupyter nbconvert --to markdown --log-level WARN --NbConvertApp.output_files_dir=nbs/images/readme nbs/index.ipynb
@@ -203,7 +206,9 @@ test-servers: $(READY)
 	test -f $(RIVALS)/$$name/.installed || continue; \
 	echo "tests in the environment $$name"; \
 	$(RIVALS)/$$name/bin/python -m pytest -q -rs --durations 8 tests/servers/test_$$name.py || exit 1; done
-	$(MLC_VLLM) $(BIN)/jupyter nbconvert --to notebook --execute --log-level WARN --output-dir "$$(mktemp -d)" $(WITH_SERVER)
+	@test ! -f $(RIVALS)/vllm/.installed || { out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
+	MLC_VLLM_PYTHON=$(abspath $(RIVALS))/vllm/bin/python \
+	$(BIN)/jupyter nbconvert --to notebook --execute --log-level WARN --output-dir "$$out" $(WITH_SERVER); }
 	@for name in $(SERVERS); do test -f $(RIVALS)/$$name/.installed || \
 	echo "NOT TESTED, since it could not be installed (its error stands above): $$name"; done
 
