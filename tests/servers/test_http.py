@@ -1,13 +1,13 @@
 """A vLLM server asked over HTTP beside the local engine: the same numbers in float32.
 
-`test_vllm.py` compares the same on 64 texts, with vLLM as a library; what HTTP adds does not depend
+`test_vllm.py` compares steps on 64 texts, with vLLM as a library; what HTTP adds does not depend
 on how many texts there are.
 """
 
 import pytest
 from parity import (
     FEW,
-    METHODS_ON_ALL_TEXTS,
+    METHODS_ON_MORE_TEXTS,
     check_marginals,
     check_method,
     check_odd_texts,
@@ -44,7 +44,7 @@ def test_steps_agree(local, lm, texts, decoding, reading):
     check_steps(local, lm, texts.select(range(TEXTS)), decoding=decoding, reading=reading)
 
 
-@pytest.mark.parametrize("name", METHODS_ON_ALL_TEXTS)
+@pytest.mark.parametrize("name", METHODS_ON_MORE_TEXTS)
 def test_methods_agree(local, lm, texts, name):
     check_method(local, lm, texts.select(range(FEW)), name)
 
