@@ -200,7 +200,7 @@ test-servers: export VLLM_CPU_KVCACHE_SPACE ?= 1
 test-servers: export TQDM_DISABLE = 1
 test-servers: $(READY)
 	$(BIN)/mlc-fetch
-	-@$(MAKE) --no-print-directory --keep-going servers
+	-@$(MAKE) --no-print-directory --keep-going -j 3 servers
 	$(BIN)/python -m pytest -q -rs --durations 8 tests/servers
 	@for name in $(SERVERS); do \
 	test -f $(RIVALS)/$$name/.installed || continue; \
