@@ -15,7 +15,7 @@ ifneq ($(wildcard ../shared/data),)
 export MLC_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: demo lab check test test-servers servers lint sync-check docs-check readme readme-check fast-tests nbdev-test pytest tutorials adapter recorded benchmark benchmark-rivals benchmark-cost benchmark-training benchmark-gpu benchmark-served benchmark-scale growth studies export constraints audit
+.PHONY: demo lab check test test-servers tutorial-server servers lint sync-check docs-check readme readme-check fast-tests nbdev-test pytest tutorials adapter recorded benchmark benchmark-rivals benchmark-cost benchmark-training benchmark-gpu benchmark-served benchmark-scale growth studies export constraints audit
 
 demo: $(READY)
 	$(BIN)/mlc-probe --task goemotions brighter-eng --n 64 --sample main --seed 0 --out $(DEMO)
@@ -100,7 +100,7 @@ pytest: $(READY)
 	$(BIN)/mlc-fetch
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 8
 
-# This tutorial needs a server: make test-servers runs it.
+# This tutorial needs a server and a larger model: make tutorial-server runs it.
 WITH_SERVER = nbs/tutorials/11_a_larger_model.ipynb
 
 # Every other tutorial once, from top to bottom, into a temporary copy.
@@ -206,15 +206,17 @@ test-servers: $(READY)
 	test -f $(RIVALS)/$$name/.installed || continue; \
 	echo "tests in the environment $$name"; \
 	$(RIVALS)/$$name/bin/python -m pytest -q -rs --durations 8 tests/servers/test_$$name.py || exit 1; done
-	@test ! -f $(RIVALS)/vllm/.installed || { out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
-	MLC_VLLM_PYTHON=$(abspath $(RIVALS))/vllm/bin/python \
-	$(BIN)/jupyter nbconvert --to notebook --execute --log-level WARN --output-dir "$$out" $(WITH_SERVER); }
 	@for name in $(SERVERS); do test -f $(RIVALS)/$$name/.installed || \
 	echo "NOT TESTED, since it could not be installed (its error stands above): $$name"; done
 
 # One worker and two, each on a core of its own; of a quiet machine.
 benchmark-scale: $(RIVALS)/ray/.installed
 	$(RIVALS)/ray/bin/python benchmarks/scale.py $(RECORD)
+
+tutorial-server: $(READY) $(RIVALS)/vllm/.installed
+	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
+	MLC_VLLM_PYTHON=$(abspath $(RIVALS))/vllm/bin/python \
+	$(BIN)/jupyter nbconvert --to notebook --execute --log-level WARN --output-dir "$$out" $(WITH_SERVER)
 
 studies: $(READY)
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/studies/*.ipynb
