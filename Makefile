@@ -198,6 +198,7 @@ test-servers: export MLC_RIVALS = $(abspath $(RIVALS))
 test-servers: export HF_HUB_OFFLINE = 1
 test-servers: export VLLM_CPU_KVCACHE_SPACE ?= 1
 test-servers: export TQDM_DISABLE = 1
+test-servers: export RAY_worker_niceness = 0
 test-servers: $(READY)
 	$(BIN)/mlc-fetch
 	-@$(MAKE) --no-print-directory --keep-going -j 3 servers
