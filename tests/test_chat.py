@@ -25,7 +25,7 @@ from mlc_notebooks.models import (
 )
 from mlc_notebooks.probing import LabelBeginnings, ReportedReader, Trace, probe_steps, read_place
 
-DATA = Path(__file__).parent / "data" / "chat"
+DATA = Path(__file__).parent / "chat_answers"
 EMOTIONS = LabelSet(["joy", "sadness", "surprise"])
 KANJI = LabelSet(["愛", "愁", "joy"])  # 愛 and 愁 begin with the byte e6
 
