@@ -29,6 +29,10 @@ def tokens_within(lm: LM, megabytes: int) -> int:
     return megabytes * 2**20 // (numbers * torch.finfo(lm.model.dtype).bits // 8)
 
 # %% ../../nbs/engine/00_memory.ipynb #4184a426
+_MOST_IN_PASS = 8192  # tokens, on a GPU: larger passes are no faster
+_PASSES_KEPT = 8  # answers under way keep the tokens of so many passes at most
+
+
 def free_megabytes(device: torch.device) -> int:
     "How much of a GPU's memory is free, with what torch holds of it and does not use."
     free, _ = torch.cuda.mem_get_info(device)
@@ -43,11 +47,12 @@ def _on_gpu(lm: LM) -> bool:
 def tokens_under_way(lm: LM) -> int:
     """How many tokens after the shared prefix have keys and values at one time in a long run.
 
-    On the CPU they take 100 MB, with a 16-bit dtype 75 MB; on a GPU at most a quarter of what is
-    free.
+    On the CPU they take 100 MB, with a 16-bit dtype 75 MB. On a GPU they are 65,536 at most, and
+    take at most a quarter of what is free.
     """
     if _on_gpu(lm):
-        return min(2**18, tokens_within(lm, free_megabytes(lm.device) // 4))
+        fitting = tokens_within(lm, free_megabytes(lm.device) // 4)
+        return min(_PASSES_KEPT * _MOST_IN_PASS, fitting)
     is_16_bit = lm.model.dtype.itemsize == 2
     return tokens_within(lm, 75 if is_16_bit else 100)
 
@@ -70,9 +75,6 @@ def reads_within(lm: LM, megabytes: int) -> int:
     "How many tokens have logits that together take so many megabytes, at least 1."
     vocabulary = lm.model.config.get_text_config().vocab_size
     return max(1, megabytes * 2**20 // (vocabulary * lm.model.dtype.itemsize))
-
-
-_MOST_IN_PASS = 8192  # tokens: larger passes are no faster
 
 
 def reads_in_pass(lm: LM) -> int:

@@ -128,6 +128,15 @@ def _check_left_to_server(dtype: str, device: str) -> None:
         raise ValueError("a server has its own dtype and device: leave both out")
 
 
+def _check_left_to_file(name: str, dtype: str) -> None:
+    "Raises `ValueError` for another dtype than the default: a GGUF file has its own."
+    if _float_dtype(dtype) != torch.float32:
+        raise ValueError(
+            f"{shown(name)} has numbers of its own, so dtype={dtype!r} cannot be chosen: leave it "
+            "out"
+        )
+
+
 def _check_no_server_options(name: str, options: dict) -> None:
     "Raises `ValueError` for options that only a server has."
     if options:
@@ -186,6 +195,7 @@ def load_lm(
         return load_from_server(name, trust_remote_code=trust_remote_code, **served)
     _check_no_server_options(name, served)
     if is_gguf(name):
+        _check_left_to_file(name, dtype)
         return load_gguf(name, device)
 
     torch_dtype = _float_dtype(dtype)

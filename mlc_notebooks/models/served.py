@@ -395,6 +395,7 @@ def _served_by(
     config = parts.config.get_text_config() if parts.config is not None else None
     known = getattr(config, "vocab_size", None)
     limit = said.get("max_model_len") or getattr(config, "max_position_embeddings", None)
+    limit = check_whole("max_model_len, as the server says it,", limit, least=2)
     ends = getattr(parts.generation, "eos_token_id", None)
     ends = ends if isinstance(ends, list) else [ends]
     lm = ServedLM(
@@ -403,7 +404,7 @@ def _served_by(
         asking=_Asking(client, said, []),
         ability=Ability(),
         vocabulary_size=known or len(parts.tokenizer),
-        context_length=check_whole("max_model_len, as the server says it,", limit, least=1),
+        context_length=limit - 1,  # it always writes a token
         end_ids=sorted({end for end in [*ends, parts.tokenizer.eos_token_id] if end is not None}),
     )
     check_tokenizer(client, lm.name, lm)
