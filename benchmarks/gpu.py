@@ -244,7 +244,7 @@ def short_memory(lm: LM, texts: int, out: Path):
     PackedTree._halve_passes = counted
     whole = probe(lm, texts)
     total = torch.cuda.get_device_properties(0).total_memory
-    for spare in (4096, 1792, 1408, 1280):
+    for spare in (4096, 992, 608, 480):
         gc.collect()
         torch.cuda.empty_cache()
         halved.clear()
