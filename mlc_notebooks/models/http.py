@@ -245,6 +245,9 @@ class Connection:
         try:
             with self._client.stream(method, url, json=body, headers=headers) as response:
                 content = _body_of(response, key)
+        except httpx.ConnectError as error:
+            reason = first_line(error)
+            raise Passing(f"{reason}: does a server run there, at this host and port?") from None
         except (httpx.TransportError, httpx.DecodingError) as error:
             raise Passing(f"{type(error).__name__}: {first_line(error)}") from None
         check_status(response.status_code, _without_key(response.headers, key), content)

@@ -58,17 +58,15 @@ def kept_batches(folder: Path, fresh: bool) -> Iterator[Path]:
 
 # %% ../../nbs/report/06e_command_runs.ipynb #1f5ac057
 def loading_options(args: argparse.Namespace) -> dict:
-    "What the command line tells `load_lm` beside the name; a server has its own dtype."
+    "What the command line tells `load_lm` beside the name."
     of_server = {"model": args.server_model, "tokenizer": args.tokenizer}
     of_server = {name: value for name, value in of_server.items() if value is not None}
-    if "://" in args.model:
-        return of_server
-    if of_server:
+    if of_server and "://" not in args.model:
         raise ValueError(
             f"--server-model and --tokenizer are for a server, and --model is {args.model}: give "
             "its address, such as http://127.0.0.1:8000/v1, or leave them out"
         )
-    return {"dtype": args.dtype}
+    return {"dtype": args.dtype, **of_server}
 
 
 def load_model(args: argparse.Namespace):
