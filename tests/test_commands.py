@@ -349,13 +349,18 @@ def test_a_terminal_that_lacks_the_letters(place, tiny_folder, tmp_path):
     assert r"\u60b2" in said and "Report: " in said
 
 
+def takes_interrupts():
+    "Also where the tests themselves run in the background, which does not."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_in_one_line(tiny_folder, tmp_path):
     rows = "".join(f"text number {n},joy\n" for n in range(20_000))
     (tmp_path / "many.csv").write_text(f"text,labels\n{rows}")
     out = tmp_path / "out"
     asked = ["--file", tmp_path / "many.csv", "--model", tiny_folder, "--out", out]
-    run = process("mlc-probe", *asked)
+    run = process("mlc-probe", *asked, preexec_fn=takes_interrupts)
     started = time.time()
     while not (out / "batches").exists() and time.time() - started < 100:
         time.sleep(0.1)
