@@ -159,15 +159,12 @@ from .official import load_msp_podcast as load_msp_podcast
 from .official import load_semeval2018 as load_semeval2018
 from .boxes import BOX_OBJECTS as BOX_OBJECTS
 from .boxes import generate_boxes as generate_boxes
-from .domain_sets import NLUPP_DOMAINS as NLUPP_DOMAINS
-from .domain_sets import TOS_LANGUAGES as TOS_LANGUAGES
 from .domain_sets import UNFAIR_CLAUSES as UNFAIR_CLAUSES
 from .domain_sets import load_caves as load_caves
 from .domain_sets import load_nhs_feedback as load_nhs_feedback
 from .domain_sets import load_nlupp as load_nlupp
 from .domain_sets import load_tos_unfair as load_tos_unfair
 from .emotion_sets import XED_EMOTIONS as XED_EMOTIONS
-from .emotion_sets import XED_LANGUAGES as XED_LANGUAGES
 from .emotion_sets import load_goemotions_raters as load_goemotions_raters
 from .emotion_sets import load_hs_brexit as load_hs_brexit
 from .emotion_sets import load_kote as load_kote
