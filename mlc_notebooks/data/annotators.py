@@ -39,17 +39,12 @@ def answer_table(task: AnnotatedTexts) -> pd.DataFrame:
 
     Raises `ValueError` where the data does not say who answered.
     """
-    rows = zip(task.ids, _named(task))
-    index = [(item, person) for item, people in rows for person in people]
-    values = np.concatenate([np.zeros((0, len(task.labels)), np.uint8), *task.annotations])
-    names = ["id", "annotator"]
-    index = pd.MultiIndex.from_tuples(index, names=names) if index else _no_rows(names)
-    return pd.DataFrame(values, index, list(task.labels))
-
-
-def _no_rows(names: list[str]) -> pd.MultiIndex:
-    "An index of no rows with these levels."
-    return pd.MultiIndex.from_arrays([[] for _ in names], names=names)
+    named = _named(task)
+    items = [item for item, people in zip(task.ids, named) for _ in people]
+    people = [person for people in named for person in people]
+    index = pd.MultiIndex.from_arrays([items, people], names=["id", "annotator"])
+    nobody = np.zeros((0, len(task.labels)), np.uint8)  # so that no rows are a table too
+    return pd.DataFrame(np.concatenate([nobody, *task.annotations]), index, list(task.labels))
 
 # %% ../../nbs/data/02b_annotators.ipynb #e2919f3d
 def answers_of(task: AnnotatedTexts, annotator: str) -> AnnotatedTexts:
