@@ -13,15 +13,24 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-from . import boxes, embedded, official  # noqa: F401  (they register loaders)
+from mlc_notebooks.data import (  # noqa: F401  (they register loaders)
+    boxes,
+    embedded,
+    many_label_sets,
+    official,
+    single_label_sets,
+)
 from .sources import GENERATORS, SOURCES, Source
 from .texts import AnnotatedTexts
 
 # %% ../../nbs/data/08_datasets.ipynb #d1c6623f
+_SAMPLES = ("goemotions", "brighter", "convabuse")  # whose official files are in the package
+
+
 def task_folder(name: str, variant: str = "") -> Path:
     "The folder of a data set: the sample in the package, or the folder under MLC_DATA."
     sample = Path(str(files("mlc_notebooks"))) / "samples" / SOURCES[name].folder
-    if sample.is_dir() and variant in ("", "27", "eng"):
+    if name in _SAMPLES and variant in ("", "27", "eng"):
         return sample
     return Path(os.environ.get("MLC_DATA", ".")) / SOURCES[name].folder
 
@@ -37,6 +46,10 @@ def _parse_name(name: str) -> tuple[str, str, dict]:
         return base, variant, {"groups": False}
     if base == "brighter" and variant:
         return base, variant, {"language": variant}
+    if base == "chaosnli" and variant in ("snli", "mnli"):
+        return base, variant, {"part": variant}
+    if base == "trec" and variant == "fine":
+        return base, variant, {"fine": True}
     raise ValueError(
         f"unknown task {name!r}: choose one of {sorted([*SOURCES, *GENERATORS])}, or read your own "
         "with `load_table`"
