@@ -154,7 +154,7 @@ def test_chaosnli():
         == "Premise: Two men carry a long ladder.\nHypothesis: They will paint a house."
     )
     assert task.ids == ("s2", "s4")  # they share a premise, so they share a split
-    named = small("chaosnli-mnli", split="train")
+    named = small("chaosnli-mnli")
     assert named.ids == ("m1", "m2") and small("chaosnli-snli").ids == task.ids
 
 
