@@ -1,4 +1,4 @@
-"""Data sets with dozens to hundreds of labels per task: tags of questions, topics of news, codes of case reports
+"""Data sets with many labels: tags of questions, topics of news, codes of case reports
 
 Docs: https://mlc-notebooks.github.io/mlc_notebooks/data/many_label_sets.html.md"""
 

@@ -1,4 +1,4 @@
-"""Data sets in which exactly one label applies: intents, exam questions, inference with a hundred votes; and a set with two harms
+"""Data sets in which exactly one label applies: intents, exam questions, a hundred votes
 
 Docs: https://mlc-notebooks.github.io/mlc_notebooks/data/single_label_sets.html.md"""
 
@@ -122,6 +122,14 @@ def _exam_questions(folder: Path) -> pd.DataFrame:
         parts.append(rows.assign(split=split))
     return pd.concat(parts, ignore_index=True)
 
+
+def _with_so_many(rows: pd.DataFrame, options: int) -> pd.DataFrame:
+    "The questions with this number of options; raises `ValueError` where there are none."
+    check_whole("options", options, least=2, most=len(_LETTERS))
+    sizes = rows["options"].map(len)
+    check_choice("options", options, sorted(set(sizes)))
+    return rows[sizes == options]
+
 # %% ../../nbs/data/07e_single_label_sets.ipynb #8a5d9618
 @loader(
     "mmlu_pro",
@@ -139,11 +147,8 @@ def load_mmlu_pro(
     so many options.
     """
     rows = _exam_questions(folder)
-    sizes = rows["options"].map(len)
     if options is not None:
-        check_whole("options", options, least=2, most=len(_LETTERS))
-        check_choice("options", options, sorted(set(sizes)))
-        rows = rows[sizes == options]
+        rows = _with_so_many(rows, options)
     labels = LabelSet(list(_LETTERS[:options]), none=None)
     rows["id"] = rows["question_id"].astype(str)
     rows["text"] = [_with_options(*row) for row in zip(rows["question"], rows["options"])]

@@ -145,7 +145,7 @@ def _too_few(task: AnnotatedTexts, side: str, wanted: int, found: int) -> str:
         f"{wanted}: ask for fewer, or give another split of it"
     )
 
-
+# %% ../../nbs/data/08b_study_splits.ipynb #164d5a05
 def _take(
     task: AnnotatedTexts, items: AnnotatedTexts, side: str, wanted: int | None, seed: int
 ) -> AnnotatedTexts:
