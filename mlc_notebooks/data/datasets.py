@@ -18,16 +18,21 @@ from mlc_notebooks.data import (  # noqa: F401  (they register loaders)
     domain_sets,
     embedded,
     emotion_sets,
+    many_label_sets,
     official,
+    single_label_sets,
 )
 from .sources import GENERATORS, SOURCES, Source
 from .texts import AnnotatedTexts
 
 # %% ../../nbs/data/08_datasets.ipynb #d1c6623f
+_SAMPLES = ("goemotions", "brighter", "convabuse")  # whose official files are in the package
+
+
 def task_folder(name: str, variant: str = "") -> Path:
     "The folder of a data set: the sample in the package, or the folder under MLC_DATA."
     sample = Path(str(files("mlc_notebooks"))) / "samples" / SOURCES[name].folder
-    if sample.is_dir() and variant in ("", "27", "eng"):
+    if name in _SAMPLES and variant in ("", "27", "eng"):
         return sample
     return Path(os.environ.get("MLC_DATA", ".")) / SOURCES[name].folder
 

@@ -27,14 +27,14 @@ def data_file(folder: Path, name: str) -> Path:
     raise FileNotFoundError(str(folder / name))
 
 
-def read_text(folder: Path, name: str) -> str:
+def read_text(folder: Path, name: str, encoding: str = "utf-8") -> str:
     "The text of the file `name` in a folder, plain or gzipped; `FileNotFoundError` without it."
     path = data_file(folder, name)
     with naming_damage(path):
         if path.suffix == ".gz":
-            with gzip.open(path, "rt", encoding="utf-8") as file:
+            with gzip.open(path, "rt", encoding=encoding) as file:
                 return file.read()
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding=encoding)
 
 
 def read_csv(folder: Path, name: str, **options) -> pd.DataFrame:
