@@ -107,26 +107,3 @@ def texts_by_split(
 def split_by_text(items: pd.DataFrame) -> pd.DataFrame:
     "The items with a column `split`: a hash of the words of the text, so no text is in two splits."
     return items.assign(split=[split_of(text_key(text)) for text in items["text"]])
-
-# %% ../../nbs/data/03_tables.ipynb #79a443d5
-def split_of(key: str) -> str:
-    "The split of an item, by the md5 of its key: train 60 %, dev 10 %, test 30 %."
-    bucket = int(hashlib.md5(key.encode()).hexdigest(), 16) % 10
-    if bucket < 6:
-        return "train"
-    return "dev" if bucket == 6 else "test"
-
-
-def texts_by_split(
-    name: str, items: pd.DataFrame, labels: LabelSet, aggregated: bool = False
-) -> dict[str, AnnotatedTexts]:
-    "The train, dev and test split by name, of items with a column `split`."
-    parts = {split: items[items["split"] == split] for split in ("train", "dev", "test")}
-    return {
-        split: texts_from_frame(name, part, labels, aggregated) for split, part in parts.items()
-    }
-
-
-def split_by_text(items: pd.DataFrame) -> pd.DataFrame:
-    "The items with a column `split`: a hash of the words of the text, so no text is in two splits."
-    return items.assign(split=[split_of(text_key(text)) for text in items["text"]])
