@@ -17,11 +17,11 @@ from mlc_notebooks.metrics import (
     first_written,
     next_at_random,
     next_label_shares,
-    order_split,
-    order_split_shares,
-    ordered_writer,
+    runner_up_kinds,
+    runner_up_shares,
     spike_split,
     writer_profile,
+    writer_steps,
 )
 from mlc_notebooks.metrics.ordered_writer import SPIKE_PARTS
 from mlc_notebooks.probing import Trace
@@ -87,7 +87,7 @@ def test_later_steps_are_those_of_all_lists(p, data):
     kept = [names[i] for i in sorted(prefix)]
     trace = one_answer(np.full((len(kept), len(p) + 1), 1 / (len(p) + 1)), kept, labels)
     twin = [after(p, tuple(sorted(prefix))[:t], True) for t in range(len(kept) + 1)]
-    tidy = ordered_writer(trace, beliefs(p, labels))
+    tidy = writer_steps(trace, beliefs(p, labels))
     expected = tidy["expected"].to_numpy().reshape(len(kept), -1)
     for step in range(1, len(kept)):
         assert expected[step, :-1] == pytest.approx(twin[step][:-1] / twin[step][:-1].sum())
@@ -118,7 +118,7 @@ def test_by_hand():
     .6 x .2 = .12, the end .48; given that a label follows: .4 / .52 and .12 / .52."""
     probs = [[0.7, 0.1, 0.1, 0.1], [0.2, 0.3, 0.4, 0.1]]
     trace = one_answer(probs, ["joy", "anger"])
-    tidy = ordered_writer(trace, beliefs([0.5, 0.4, 0.2]))
+    tidy = writer_steps(trace, beliefs([0.5, 0.4, 0.2]))
     assert tidy["expected"].tolist() == pytest.approx(
         [0.5, 0.2, 0.06, 0.24, 0, 0.4 / 0.52, 0.12 / 0.52, 0]
     )
@@ -145,22 +145,26 @@ def test_columns_of_the_table_do_not_matter(order):
     trace = one_answer([[0.7, 0.1, 0.1, 0.1], [0.2, 0.3, 0.4, 0.1]], ["joy", "fear"])
     table = beliefs([0.5, 0.4, 0.2])
     turned = table[["anger", "joy", "fear"]]
-    assert ordered_writer(trace, table, order).equals(ordered_writer(trace, turned, order))
+    assert writer_steps(trace, table, order).equals(writer_steps(trace, turned, order))
 
 
-def test_what_the_writer_cannot_have_written_is_left_out_and_counted():
-    probs = np.full((2, 4), 0.25)
-    for wrote in (["fear", "joy"], ["glee", "joy"], ["anger", "anger"]):
-        after_it = one_answer(probs, wrote)
-        tidy = ordered_writer(after_it, beliefs([0.5, 0.4, 0.2]))
-        assert tidy.query("step == 1")["expected"].notna().all()
-        later = compare_with_writer(after_it, beliefs([0.5, 0.4, 0.2])).query("step == 'later'")
-        counts = later.set_index("quantity").loc["top", ["n", "rows", "excluded"]]
-        assert counts.tolist() == [0, 0, 1]
-    any_order = ordered_writer(
-        one_answer(probs, ["fear", "joy"]), beliefs([0.5, 0.4, 0.2]), "random"
-    )
-    assert any_order["expected"].notna().all()
+@pytest.mark.parametrize("wrote", [["fear", "joy", "anger"], ["glee", "joy"], ["anger", "anger"]])
+def test_what_the_writer_cannot_have_written_is_left_out_and_counted(wrote):
+    "The last step: after fear, joy; after a word that is no label; and where nothing can follow."
+    trace = one_answer(np.full((len(wrote), 4), 0.25), wrote)
+    of_step = writer_steps(trace, beliefs([0.5, 0.4, 0.2])).groupby("step")["expected"]
+    assert of_step.count().tolist() == [*[4] * (len(wrote) - 1), 0]
+    found = compare_with_writer(trace, beliefs([0.5, 0.4, 0.2])).set_index(["step", "quantity"])
+    counts = found.loc[("later", "top"), ["rows", "excluded"]]
+    assert counts.tolist() == [len(wrote) - 2, 1]
+
+
+def test_a_label_out_of_order_is_mass_that_cannot_come():
+    trace = one_answer([[0.25] * 4, [0.6, 0.1, 0.2, 0.1]], ["fear", "joy"])
+    listed = writer_profile(trace, beliefs([0.5, 0.4, 0.2]))["impossible"]
+    assert listed.tolist() == pytest.approx([0, 0.8])  # all but anger
+    any_order = writer_profile(trace, beliefs([0.5, 0.4, 0.2]), "random")["impossible"]
+    assert any_order.tolist() == pytest.approx([0, 0.2])  # fear again, and none
 
 
 def test_certain_beliefs_cost_what_eps_says():
@@ -175,14 +179,14 @@ def test_certain_beliefs_cost_what_eps_says():
 def test_what_does_not_fit_is_refused():
     trace = one_answer([[0.25] * 4], ["joy"])
     with pytest.raises(ValueError, match="no row for item 'a'"):
-        ordered_writer(trace, beliefs([0.5, 0.4, 0.2]).rename({"a": "b"}))
+        writer_steps(trace, beliefs([0.5, 0.4, 0.2]).rename({"a": "b"}))
     with pytest.raises(ValueError, match="is no probability"):
-        ordered_writer(trace, beliefs([1.5, 0.4, 0.2]))
+        writer_steps(trace, beliefs([1.5, 0.4, 0.2]))
     with pytest.raises(ValueError, match="order is \\['joy'\\]"):
-        ordered_writer(trace, beliefs([0.5, 0.4, 0.2]), ["joy"])
+        writer_steps(trace, beliefs([0.5, 0.4, 0.2]), ["joy"])
     single = LabelSet(["joy", "fear", "anger"], none=None)
     with pytest.raises(ValueError, match="exactly one label applies"):
-        ordered_writer(one_answer([[0.5, 0.25, 0.25]], ["joy"], single), beliefs([0.5, 0.4, 0.1]))
+        writer_steps(one_answer([[0.5, 0.25, 0.25]], ["joy"], single), beliefs([0.5, 0.4, 0.1]))
 
 
 def test_the_parts_of_a_spike_sum_to_it():
@@ -209,11 +213,11 @@ def test_runner_ups_by_hand():
     over. Step 2 writes anger; the runner-up fear cannot come, and comes."""
     probs = [[0.6, 0.2, 0.1, 0.1], [0.1, 0.2, 0.6, 0.1], [0.2, 0.6, 0.1, 0.1]]
     trace = one_answer(probs, ["joy", "anger", "fear"])
-    split = order_split(trace)
+    split = runner_up_kinds(trace)
     assert split["kind"].tolist() == ["can come", "cannot come"]
     assert split["next"].tolist() == [0, 1]
     assert split["passed"].tolist()[:1] == [1]
-    shares = order_split_shares(trace).set_index(["kind", "quantity"])
+    shares = runner_up_shares(trace).set_index(["kind", "quantity"])
     assert shares.loc[("can come", "share"), ["value", "rows"]].tolist() == [0.5, 2]
     assert shares.loc[("can come", "next"), "value"] == 0
     assert shares.loc[("cannot come", "next"), "value"] == 1
@@ -222,13 +226,13 @@ def test_runner_ups_by_hand():
 def test_the_kinds_together_are_the_shares_without_a_split():
     probs = [[0.6, 0.2, 0.1, 0.1], [0.1, 0.2, 0.6, 0.1], [0.2, 0.6, 0.1, 0.1]]
     trace = one_answer(probs, ["joy", "anger", "fear"])
-    together = order_split(trace).query("not last")["next"].mean()
+    together = runner_up_kinds(trace).query("not last")["next"].mean()
     unsplit = next_label_shares(trace).query("step == 'all' and quantity == 'runner_up_next'")
     assert together == pytest.approx(unsplit["value"].item())
 
 
 def test_no_kind_after_a_word_that_is_no_label():
     trace = one_answer(np.full((3, 4), 0.25), ["joy", "glee", "fear"])
-    assert order_split(trace)["step"].tolist() == [1]
+    assert runner_up_kinds(trace)["step"].tolist() == [1]
     with pytest.raises(ValueError, match="order is 'random'"):
-        order_split(trace, "random")
+        runner_up_kinds(trace, "random")

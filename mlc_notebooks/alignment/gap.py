@@ -132,6 +132,14 @@ def _metrics_at(
     return item_metrics(p, q, task.labels.is_multi, eps)[list(_METRICS)].to_numpy()
 
 
+def _with_ceiling(ids: pd.Index, of_people: pd.DataFrame, name: str) -> pd.Index:
+    "The items that have a ceiling; raises `ValueError` where none has."
+    found = ids[ids.isin(of_people.index)]
+    if not len(found):
+        raise ValueError(f"{name}: no item has two annotators: give a ceiling")
+    return found
+
+
 def _parts(chain: list[np.ndarray]) -> np.ndarray:
     "The parts, the gap and the total of each item (n, 6, metrics), from a chain of four."
     ceiling = chain[0]
@@ -139,7 +147,7 @@ def _parts(chain: list[np.ndarray]) -> np.ndarray:
     differences = [later - earlier for earlier, later in zip(chain, chain[1:])]
     return np.stack([ceiling, *differences, total - ceiling, total], axis=1)
 
-
+# %% ../../nbs/alignment/27b_gap.ipynb #254fdb5e
 def _gap_rows(method: str, parts: np.ndarray, options: dict) -> pd.DataFrame:
     "The rows of `gap_split` for one method; parts: (n, 6, metrics)."
     found = bootstrap(lambda chosen: parts[chosen].mean(axis=0).ravel(), len(parts), **options)
@@ -170,12 +178,10 @@ def gap_split(
     methods = {"method": scores} if isinstance(scores, pd.DataFrame) else dict(scores)
     first = next(iter(methods.values()))
     of_people, which = _ceiling_of(task.at(first.index), ceiling, eps)
-    ids = first.index[first.index.isin(of_people.index)]
-    if not len(ids):
-        raise ValueError(f"{task.name}: no item has two annotators: give a ceiling")
+    ids = _with_ceiling(first.index, of_people, task.name)
     chain = [of_people.loc[ids].to_numpy()]
-    for name, table in (("calibrated", calibrated), ("marginals", marginals)):
-        chain.append(_metrics_at(table, name, ids, task, eps))
+    chain.append(_metrics_at(calibrated, "calibrated", ids, task, eps))
+    chain.append(_metrics_at(marginals, "marginals", ids, task, eps))
 
     tables = []
     for method, table in methods.items():

@@ -106,10 +106,10 @@ from .ordered_writer import compare_with_writer as compare_with_writer
 from .ordered_writer import first_step_profiles as first_step_profiles
 from .ordered_writer import first_written as first_written
 from .ordered_writer import next_at_random as next_at_random
-from .ordered_writer import ordered_writer as ordered_writer
 from .ordered_writer import spike_split as spike_split
 from .ordered_writer import writer_profile as writer_profile
+from .ordered_writer import writer_steps as writer_steps
 from .ordered_writer import writers_order as writers_order
 from .order_split import KINDS as KINDS
-from .order_split import order_split as order_split
-from .order_split import order_split_shares as order_split_shares
+from .order_split import runner_up_kinds as runner_up_kinds
+from .order_split import runner_up_shares as runner_up_shares

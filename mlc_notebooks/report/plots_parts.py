@@ -79,7 +79,7 @@ def _gap_with_interval(split: pd.DataFrame, metric: str) -> pd.DataFrame:
     rows = split[(split["metric"] == metric) & (split["part"] == "gap")]
     return rows.assign(bar=_bars_of).set_index("bar")[["value", "low", "high", "n"]]
 
-
+# %% ../../nbs/report/04b_plots_parts.ipynb #66b3bed6
 def _draw_parts(axes: plt.Axes, wide: pd.DataFrame) -> None:
     "The parts of each bar: what is above 0 to the right, what is below 0 to the left."
     import seaborn as sns
