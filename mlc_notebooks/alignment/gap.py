@@ -22,7 +22,7 @@ from ..data.checks import check_whole
 from ..data.labels import LabelSet
 from ..data.texts import AnnotatedTexts
 from ..metrics.alignment import EPS, item_metrics, probabilities_and_shares
-from ..metrics.inputs import check_marginals
+from ..metrics.inputs import check_marginals, check_table
 from ..metrics.statistics import bootstrap
 
 # %% ../../nbs/alignment/27b_gap.ipynb #6f098671
@@ -114,7 +114,7 @@ GAP_PARTS = ("ceiling", "knowledge", "calibration", "read-out")
 def _ceiling_of(task: AnnotatedTexts, ceiling: pd.DataFrame | None, eps: float):
     "The ceiling by item (n, metrics), and what to call it."
     if ceiling is not None:
-        return ceiling.loc[ceiling.index.intersection(task.ids), list(_METRICS)], "as given"
+        return check_table("the ceiling", ceiling, _METRICS), "as given"
     if task.aggregated:
         zeros = pd.DataFrame(0.0, pd.Index(task.ids, name="id"), list(_METRICS))
         return zeros, "0 (aggregated labels)"
@@ -130,6 +130,14 @@ def _metrics_at(
         raise ValueError(f"{name} has no row for item {missing[0]!r}: give all the same items")
     p, q = probabilities_and_shares(table.loc[ids], task)
     return item_metrics(p, q, task.labels.is_multi, eps)[list(_METRICS)].to_numpy()
+
+
+def _by_method(scores) -> dict[str, pd.DataFrame]:
+    "One table or several, by method; raises `ValueError` for none."
+    methods = {"method": scores} if isinstance(scores, pd.DataFrame) else dict(scores)
+    if not methods:
+        raise ValueError("scores is an empty dict: give the table of at least one method")
+    return methods
 
 
 def _with_ceiling(ids: pd.Index, of_people: pd.DataFrame, name: str) -> pd.Index:
@@ -175,7 +183,7 @@ def gap_split(
     A part may be negative: then the step made things better. Raises `ValueError` naming an item
     that one of the tables lacks, and where no item has a ceiling.
     """
-    methods = {"method": scores} if isinstance(scores, pd.DataFrame) else dict(scores)
+    methods = _by_method(scores)
     first = next(iter(methods.values()))
     of_people, which = _ceiling_of(task.at(first.index), ceiling, eps)
     ids = _with_ceiling(first.index, of_people, task.name)

@@ -20,6 +20,8 @@ from ..data.labels import LabelSet
 from ..data.texts import AnnotatedTexts
 from mlc_notebooks.metrics.inputs import (
     check_marginals,
+    check_same_shape,
+    check_sets,
     check_shares,
     judged,
     seen_texts,
@@ -68,10 +70,12 @@ def next_at_random(p: np.ndarray, written: np.ndarray | None = None) -> np.ndarr
 
     p: how probable each label is to apply (n, L), independently; written: which labels stand in the
     list already, 0/1 (n, L), none if left out. The last column is the end of the list (`none` where
-    nothing is written). Written labels have 0. Raises `ValueError` for values outside [0, 1].
+    nothing is written). Written labels have 0. Raises `ValueError` for values outside [0, 1], for
+    another value of `written` than 0 or 1, and for two shapes.
     """
     p = check_shares("p", p)
-    written = np.zeros(p.shape, bool) if written is None else np.asarray(written, bool)
+    written = check_sets("written", np.zeros(p.shape) if written is None else written)
+    check_same_shape("p", p, "written", written)
     waiting = np.where(written, 0, p)
     known = (waiting, written.sum(axis=1), *_nodes_and_weights(degree=p.shape[1] - 1))
     end = (1 - waiting).prod(axis=1)
