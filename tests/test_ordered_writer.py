@@ -202,10 +202,10 @@ def test_the_parts_of_a_spike_sum_to_it():
 
 def test_profiles_hold_every_rank_and_label():
     trace = one_answer([[0.1, 0.6, 0.2, 0.1]], ["fear"])
-    found = first_step_profiles(trace, beliefs([0.5, 0.4, 0.2])).set_index(["source", "by"])
-    assert found.loc[("model", "rank"), "value"].tolist() == pytest.approx([0.6, 0.2, 0.1, 0.1])
-    assert found.loc[("model", "label"), "key"].tolist() == list(LABELS.outcomes)
-    assert found.loc[("model", "label"), "value"].tolist() == pytest.approx([0.1, 0.6, 0.2, 0.1])
+    found = first_step_profiles(trace, beliefs([0.5, 0.4, 0.2])).groupby(["source", "by"])
+    assert found["value"].apply(list)["model", "rank"] == pytest.approx([0.6, 0.2, 0.1, 0.1])
+    assert found["key"].apply(list)["model", "label"] == list(LABELS.outcomes)
+    assert found["value"].apply(list)["model", "label"] == pytest.approx([0.1, 0.6, 0.2, 0.1])
 
 
 def test_runner_ups_by_hand():
