@@ -49,7 +49,8 @@ def plot_writer(profiles: pd.DataFrame) -> Figure:
     "The figure: step 1 of the model beside writers, of `first_step_profiles`; two panels."
     figure, panels = plt.subplots(1, 2, figsize=(9.5, 3.4), sharey=True)
     for axes, by in zip(panels, _PANELS):
-        draw_intervals(axes, profiles[profiles["by"] == by], "key", hue="source")
+        of_panel = profiles[profiles["by"] == by]
+        draw_intervals(axes, of_panel, "key", hue="source", line=by == "rank")
         axes.set(xlabel=_PANELS[by], ylim=(0, 1.02))
     panels[0].set_ylabel("probability at step 1")
     panels[1].tick_params(axis="x", rotation=30)
