@@ -21,6 +21,7 @@ from matplotlib.text import Text
 from mlc_notebooks.data import AnnotatedTexts, LabelSet, html_part, load_table
 from mlc_notebooks.metrics import (
     AlignReport,
+    first_step_profiles,
     next_labels,
     order_accuracy,
     rank_histogram,
@@ -30,7 +31,14 @@ from mlc_notebooks.metrics import (
 from mlc_notebooks.probing import Trace
 from mlc_notebooks.report import fonts_for, plain_texts, set_plainly, trace_folders, write_report
 
-PAGES = ("plots_steps", "plots_order", "plots_internals", "plots_alignment", "summary")
+PAGES = (
+    "plots_steps",
+    "plots_order",
+    "plots_internals",
+    "plots_alignment",
+    "plots_parts",
+    "summary",
+)
 LABELS = ["$$", r"$\foo$", "a_b^c", r"back\slash", "$x^2$", "<b>&"]
 TEXT = r"I paid $5 for lunch and $6, $\foo{$, 100 % _sure_ & <i>"
 NAME = r"$\frac{$ ../my$_file"
@@ -85,6 +93,18 @@ def attention(**more) -> pd.DataFrame:
     return pd.concat([frame.assign(step=step, **more) for step in (1, 2)])
 
 
+def parts() -> pd.DataFrame:
+    "The parts of two gaps, of methods with hostile names."
+    names = ["knowledge", "calibration", "read-out", "gap"]
+    frames = [rows(part=names).assign(method=method) for method in (NAME, "$$")]
+    return pd.concat(frames).assign(metric="$N_L$", ceiling=r"$\foo$")
+
+
+def half(trace: Trace) -> pd.DataFrame:
+    "Marginals of one half for each text and label."
+    return pd.DataFrame(0.5, trace.items.index, list(trace.labels))
+
+
 DRAWN = {  # every figure function, with hostile names wherever it takes names
     "plot_steps": lambda plot, trace: plot(trace),
     "plot_top_second": lambda plot, trace: plot(trace),
@@ -106,6 +126,8 @@ DRAWN = {  # every figure function, with hostile names wherever it takes names
     "plot_alignment": lambda plot, trace: plot(
         rows(method=[*LABELS, NAME], metric="$N_L$"), ["$N_L$"]
     ),
+    "plot_writer": lambda plot, trace: plot(first_step_profiles(trace, half(trace))),
+    "plot_gap": lambda plot, trace: plot(two(parts()), "$N_L$"),
     "plot_summary": lambda plot, trace: plot(trace, gold(trace)),
 }
 

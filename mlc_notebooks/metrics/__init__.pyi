@@ -13,6 +13,8 @@ from . import demonstration_labels as demonstration_labels
 from . import evidence as evidence
 from . import verdict as verdict
 from . import many_labels as many_labels
+from . import ordered_writer as ordered_writer
+from . import order_split as order_split
 from .statistics import bootstrap as bootstrap
 from .statistics import bootstrap_mean as bootstrap_mean
 from .statistics import bootstrap_means as bootstrap_means
@@ -98,3 +100,16 @@ from .many_labels import occurring_macro_f1 as occurring_macro_f1
 from .many_labels import precision_at as precision_at
 from .many_labels import propensity_precision_at as propensity_precision_at
 from .many_labels import recall_at as recall_at
+from .ordered_writer import BELIEF_EPS as BELIEF_EPS
+from .ordered_writer import SPIKE_PARTS as SPIKE_PARTS
+from .ordered_writer import compare_with_writer as compare_with_writer
+from .ordered_writer import first_step_profiles as first_step_profiles
+from .ordered_writer import first_written as first_written
+from .ordered_writer import next_at_random as next_at_random
+from .ordered_writer import spike_split as spike_split
+from .ordered_writer import writer_profile as writer_profile
+from .ordered_writer import writer_steps as writer_steps
+from .ordered_writer import writers_order as writers_order
+from .order_split import KINDS as KINDS
+from .order_split import runner_up_kinds as runner_up_kinds
+from .order_split import runner_up_shares as runner_up_shares
