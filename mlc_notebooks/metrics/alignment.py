@@ -56,7 +56,7 @@ def _set_scores(p: np.ndarray, q: np.ndarray, multi: bool, threshold: float) -> 
     gold = majority_of_shares(q, multi, threshold)
     return {"example-F1": example_f1(found, gold), "Jaccard": example_jaccard(found, gold)}
 
-
+# %% ../../nbs/metrics/04_alignment.ipynb #3b4cef7c
 def _error_rate(p: np.ndarray, q: np.ndarray, multi: bool, threshold: float) -> np.ndarray:
     "The share of an annotator's labels that the set of p gets wrong, mean over annotators (n,)."
     found = majority_of_shares(p, multi, threshold)

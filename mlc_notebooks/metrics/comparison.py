@@ -63,6 +63,8 @@ class AlignReport(pd.DataFrame):
 
     def _blocks(self) -> list[pd.DataFrame]:
         "The tables of the methods and of people; those of people name their target."
+        if "target" not in self:  # rows that were kept without it
+            return [self.table()]
         of_all = self["target"] == OF_ALL
         found = [AlignReport(self[of_all]).table()] if of_all.any() else []
         for target in self.loc[~of_all, "target"].unique():

@@ -137,7 +137,7 @@ def _coverages(p: np.ndarray, level: float) -> np.ndarray:
     sure = int((adjusted <= level).sum())
     return 1 - level / (len(p) - np.minimum(rank, sure))
 
-
+# %% ../../nbs/metrics/00a_families.ipynb #2ab71832
 def compare_family(
     differences: dict[str, pd.Series | pd.DataFrame],  # by name: per item, or per item and prompt
     level: float = 0.05,  # of the whole family

@@ -124,7 +124,7 @@ def bounded_mean(values: Sequence[float], **options) -> tuple[float, float, floa
         return _drawn_mean(values, options)
     return share_interval(values.sum(), len(values), options.get("coverage", 0.95))
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #80ee3b38
 def exact_ends(
     values: np.ndarray, low: Sequence[float], high: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -234,7 +234,7 @@ def _sums_and_counts(part: pd.DataFrame, name: str, item: str) -> np.ndarray:
         raise ValueError(f"the column {name!r} holds an infinite value: leave its row out")
     return sums_and_counts
 
-
+# %% ../../nbs/metrics/00_statistics.ipynb #0f223cf8
 def _effective_rows(sums: np.ndarray, counts: np.ndarray) -> float:
     "How many independent rows scatter as much as these, of items with sums and counts (items,)."
     rows = counts.sum()
