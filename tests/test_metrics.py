@@ -47,6 +47,7 @@ from mlc_notebooks.probing import Trace
 pytestmark = pytest.mark.filterwarnings("error")
 EMOTIONS = LabelSet(["joy", "fear", "anger"])  # not in the alphabet's order
 INTERVAL = ["quantity", "value", "low", "high", "n"]
+COUNTED = [*INTERVAL, "rows", "rows_are", "excluded"]  # n counts texts
 
 
 def make_trace(labels, answers, flags=()) -> Trace:
@@ -167,7 +168,7 @@ def test_bootstrap_leaves_out_draws_without_a_value():
 
 def test_bootstrap_mean():
     assert bootstrap_mean([3.0]) == (3, 3, 3)
-    assert bootstrap_mean([True, False]) == (0.5, 0, 1)
+    assert bootstrap_mean([1, 0]) == (0.5, 0, 1)  # booleans: tests/test_statistics.py
     assert np.isnan(bootstrap_mean([])).all()
 
 
@@ -600,7 +601,7 @@ def test_auroc_is_scikit_learns(few_draws, tied):
 
 def test_phenomenon_holds_every_table(few_draws, answers, gold):
     table = phenomenon_table(answers, gold)
-    assert list(table.columns) == ["statistic", "at", *INTERVAL, "excluded"]
+    assert list(table.columns) == ["statistic", "at", *COUNTED]
     parts = [
         spikiness(answers),
         sorted_profile(answers),
@@ -613,6 +614,10 @@ def test_phenomenon_holds_every_table(few_draws, answers, gold):
     ]
     np.testing.assert_allclose(table["value"], pd.concat(parts)["value"])
     assert cell(table, at="step all", quantity="second_next") == 1 / 4
+    judged = table[(table["at"] == "step all") & (table["quantity"] == "second_next")]
+    assert judged[["n", "rows", "rows_are"]].to_numpy().tolist() == [[3, 4, "steps"]]
+    others = table[table["statistic"] != "next label"]
+    assert (others["rows"] == others["n"]).all() and set(others["rows_are"]) == {"texts"}
     assert cell(table, at="rank 3, written_at 2") == pytest.approx(2 / 3)
     without = phenomenon_table(answers)
     assert set(table["statistic"]) - set(without["statistic"]) == {
@@ -776,12 +781,8 @@ def test_degenerate_traces_keep_the_columns(few_draws, trace):
         if trace.labels.is_multi:
             task = make_task(trace.labels, {"a": chosen, "b": chosen})
             assert {"position", *INTERVAL} <= set(order_accuracy(trace, task).columns)
-            assert list(phenomenon_table(trace, task).columns) == [
-                "statistic",
-                "at",
-                *INTERVAL,
-                "excluded",
-            ]
+            table = phenomenon_table(trace, task)
+            assert list(table.columns) == ["statistic", "at", *COUNTED]
     assert len(step_profile(trace)) == len(next_labels(trace)) == len(trace.steps)
 
 
