@@ -13,6 +13,8 @@ from . import demonstration_labels as demonstration_labels
 from . import evidence as evidence
 from . import verdict as verdict
 from . import many_labels as many_labels
+from . import significance as significance
+from . import label_audit as label_audit
 from .statistics import bootstrap as bootstrap
 from .statistics import bootstrap_mean as bootstrap_mean
 from .statistics import bootstrap_means as bootstrap_means
@@ -98,3 +100,15 @@ from .many_labels import occurring_macro_f1 as occurring_macro_f1
 from .many_labels import precision_at as precision_at
 from .many_labels import propensity_precision_at as propensity_precision_at
 from .many_labels import recall_at as recall_at
+from .significance import exact_share as exact_share
+from .significance import holm as holm
+from .significance import share_difference as share_difference
+from .significance import sign_flip_p as sign_flip_p
+from .label_audit import co_occurrence as co_occurrence
+from .label_audit import label_priors as label_priors
+from .label_audit import label_wording as label_wording
+from .label_audit import labels_alike as labels_alike
+from .label_audit import outcome_sets as outcome_sets
+from .label_audit import prior_shifts as prior_shifts
+from .label_audit import task_parts as task_parts
+from .label_audit import whole_word as whole_word
