@@ -169,9 +169,11 @@ def co_occurrence(
     return table.assign(p_holm=holm(table["p"]))
 
 # %% ../../nbs/metrics/15b_label_audit.ipynb #1d6683af
-def whole_word(term: str) -> re.Pattern:
-    "What finds a term in a text: as a whole word, in capitals or not."
-    return re.compile(rf"(?<!\w){re.escape(term)}(?!\w)", re.IGNORECASE)
+def whole_word(*terms: str) -> re.Pattern:
+    "What finds one of the terms in a text: as a whole word, in capitals or not, the longest first."
+    longest_first = sorted(terms, key=len, reverse=True)
+    spelled = "|".join(re.escape(term) for term in longest_first)
+    return re.compile(rf"(?<!\w)(?:{spelled})(?!\w)", re.IGNORECASE)
 
 
 def _words(label: str) -> list[str]:
