@@ -128,6 +128,7 @@ from .duplicates import text_twins as text_twins
 from .terms import TERM_GROUPS as TERM_GROUPS
 from .terms import TermGroups as TermGroups
 from .terms import check_groups as check_groups
+from .terms import holds_term as holds_term
 from .terms import length_by_label as length_by_label
 from .terms import longer_with as longer_with
 from .terms import swap_terms as swap_terms

@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/metrics/duplicates.html.md""
 # %% auto #0
 __all__ = ['text_twins', 'leakage', 'deduplicate']
 
-# %% ../../nbs/metrics/15d_duplicates.ipynb #0fe5b4db
+# %% ../../nbs/metrics/15d_duplicates.ipynb #914c4533
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ from ..data.texts import AnnotatedTexts, text_key
 from .label_audit import task_parts
 from .significance import exact_share
 
-# %% ../../nbs/metrics/15d_duplicates.ipynb #0ab38ebe
+# %% ../../nbs/metrics/15d_duplicates.ipynb #7268e02f
 _ROWS_AT_ONCE = 256  # of the table of cosines
 
 
@@ -35,7 +35,7 @@ def _cosines(rows, others) -> np.ndarray:
     "The cosines of some rows with others (rows, others), of vectors of length 1."
     return (rows @ others.T).toarray()
 
-# %% ../../nbs/metrics/15d_duplicates.ipynb #4534b37a
+# %% ../../nbs/metrics/15d_duplicates.ipynb #7cee8125
 class _Collection:
     "All texts of a task's splits in one list, with their split, id and vector."
 
@@ -64,7 +64,7 @@ def _nearest(collection: _Collection, rows: np.ndarray, others: np.ndarray) -> t
         cosine[start : start + len(taken)] = values.max(axis=1)
     return nearest, cosine
 
-# %% ../../nbs/metrics/15d_duplicates.ipynb #78d0ca66
+# %% ../../nbs/metrics/15d_duplicates.ipynb #386aba43
 def _exact_twins(collection: _Collection, rows: np.ndarray, others: np.ndarray) -> dict[int, int]:
     "For each row that has a copy among `others`, beside itself, the first of them."
     places = {}
@@ -95,7 +95,7 @@ def _twins_between(
             found.append((int(row), int(twin), "near", float(min(value, 1))))
     return sorted(found)
 
-# %% ../../nbs/metrics/15d_duplicates.ipynb #90dd79ff
+# %% ../../nbs/metrics/15d_duplicates.ipynb #1fbbb16b
 _TWIN_COLUMNS = ["split", "id", "twin_split", "twin", "kind", "cosine", "same_labels"]
 
 
@@ -132,7 +132,7 @@ def text_twins(
                 rows.append((split, *ids, kind, cosine, same))
     return pd.DataFrame(rows, columns=_TWIN_COLUMNS)
 
-# %% ../../nbs/metrics/15d_duplicates.ipynb #efba2677
+# %% ../../nbs/metrics/15d_duplicates.ipynb #804a582d
 _LEAK_COLUMNS = ["split", "in_split", "kind", "texts", "value", "low", "high", "n", "same_labels"]
 
 
@@ -156,7 +156,7 @@ def leakage(task: AnnotatedTexts, twins: pd.DataFrame) -> pd.DataFrame:
         rows.append(_leak_row(part, names, sizes[names[0]]))
     return pd.DataFrame(rows, columns=_LEAK_COLUMNS)
 
-# %% ../../nbs/metrics/15d_duplicates.ipynb #a9c3f46d
+# %% ../../nbs/metrics/15d_duplicates.ipynb #0c2ed70c
 def _keeping_order(names: Sequence[str]) -> list[str]:
     "The splits, those whose texts are kept first: test, then the others, train last."
     return sorted(names, key=lambda name: (name == "train", name != "test"))
@@ -184,7 +184,7 @@ def _stays(collection: _Collection, order: np.ndarray, threshold: float) -> np.n
                 kept.append(text)
     return stays
 
-# %% ../../nbs/metrics/15d_duplicates.ipynb #00792a76
+# %% ../../nbs/metrics/15d_duplicates.ipynb #771c7e89
 def _of_new_splits(task: AnnotatedTexts, splits: dict[str, AnnotatedTexts]) -> AnnotatedTexts:
     "The texts in hand that one of the new splits has, by id and text."
     left = {item for part in splits.values() for item in zip(part.ids, part.texts)}

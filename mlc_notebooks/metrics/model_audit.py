@@ -8,7 +8,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/metrics/model_audit.html.md"
 __all__ = ['CONTENT_FREE', 'READ_OUTS', 'first_step', 'empty_answers', 'label_tokens', 'read_marginals', 'swap_changes',
            'balanced_orders', 'order_effects', 'position_effects', 'length_in_model']
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #c4023872
+# %% ../../nbs/metrics/15f_model_audit.ipynb #1c95e411
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,7 +29,7 @@ from ..models.tokens import AnswerTokens
 from ..probing.steps import probe_steps
 from ..probing.trace import Trace
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #fbb855e4
+# %% ../../nbs/metrics/15f_model_audit.ipynb #f3c605f4
 CONTENT_FREE = ("N/A", "[MASK]", "...")
 
 
@@ -49,7 +49,7 @@ def _ask_empty(
     asking = {"demonstrations": shown, "decoding": "guided", "progress": False, **probing}
     return probe_steps(lm, empty, shots, seed=seed, **asking)
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #691bfc9b
+# %% ../../nbs/metrics/15f_model_audit.ipynb #466475ac
 def empty_answers(
     lm: LanguageModel,
     task: AnnotatedTexts,
@@ -75,7 +75,7 @@ def empty_answers(
     table["gold"] = outcome_sets(known).mean() if len(known) else np.nan
     return table.rename_axis("outcome").reset_index()
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #e23452c7
+# %% ../../nbs/metrics/15f_model_audit.ipynb #7ce4b996
 def label_tokens(lm: LanguageModel, labels: LabelSet, fmt: str = "json") -> pd.DataFrame:
     """How the model's tokenizer spells each outcome: outcome, position, tokens, and alike.
 
@@ -96,7 +96,7 @@ def label_tokens(lm: LanguageModel, labels: LabelSet, fmt: str = "json") -> pd.D
         rows.append((name, position + 1, sizes[position], ", ".join(alike[name])))
     return pd.DataFrame(rows, columns=["outcome", "position", "tokens", "alike"])
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #e1ed38f2
+# %% ../../nbs/metrics/15f_model_audit.ipynb #401b9126
 READ_OUTS = ("largest", "first")
 
 
@@ -111,7 +111,7 @@ def read_marginals(trace: Trace, read_out: str = "largest") -> pd.DataFrame:
     largest = of_steps.groupby(trace.steps["example"].to_numpy()).max()
     return largest.loc[trace.items.index]
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #1cf4a3c9
+# %% ../../nbs/metrics/15f_model_audit.ipynb #1e72a9b5
 def _ask_swapped(
     lm: LanguageModel, task: AnnotatedTexts, swaps: pd.DataFrame, shots: int, seed: int, **probing
 ) -> Trace:
@@ -138,7 +138,7 @@ def _change_rows(
         rows.append((*about, mean[i], low[i], high[i], p[i], len(changes)))
     return rows
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #bd116a22
+# %% ../../nbs/metrics/15f_model_audit.ipynb #5865703e
 _CHANGE_COLUMNS = ["group", "old", "new", "label", "before", "after", "size"]
 
 
@@ -178,7 +178,7 @@ def swap_changes(
     table = pd.DataFrame(rows, columns=columns[:-1])
     return table.assign(p_holm=holm(table["p"]))
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #7ccb1218
+# %% ../../nbs/metrics/15f_model_audit.ipynb #05835552
 def balanced_orders(labels: LabelSet, pairs: int = 1, seed: int = 0) -> list[list[str]]:
     "Orders of the labels, each followed by its reverse: first as listed, then at random."
     check_whole("pairs", pairs, least=1)
@@ -205,13 +205,13 @@ def _slopes(values: np.ndarray, places: np.ndarray) -> np.ndarray:
     spread = np.where(spread > 0, spread, np.nan)  # a label that always stands in the middle
     return np.einsum("onl,ol->nl", values, centred) / spread
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #4f8de4ee
+# %% ../../nbs/metrics/15f_model_audit.ipynb #aefd789a
 def order_effects(
     tables: Sequence[pd.DataFrame],  # (n, L) of the same items, one for each order
     orders: Sequence[Sequence[str]],  # of `balanced_orders`
     seed: int = 0,
 ) -> pd.DataFrame:
-    """How much more a label has where it is listed first than where it is last, from one table each.
+    """How much more a label has where it is listed first than where it is last, one table an order.
 
     Columns: label ("all labels", then each), value (the mean slope over texts), low, high, p (signs
     flipped) and n. A label whose place never changes has no row of its own.
@@ -228,7 +228,7 @@ def order_effects(
         rows.append((name, *bootstrap_mean(column, seed=seed), float(p), len(column)))
     return pd.DataFrame(rows, columns=["label", "value", "low", "high", "p", "n"])
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #0a66468c
+# %% ../../nbs/metrics/15f_model_audit.ipynb #9d7fe074
 def position_effects(
     lm: LanguageModel,
     task: AnnotatedTexts,
@@ -259,7 +259,7 @@ def position_effects(
     table.insert(0, "quantity", table.pop("quantity"))
     return table.assign(p_holm=holm(table["p"].astype(float)))
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #3c954898
+# %% ../../nbs/metrics/15f_model_audit.ipynb #049b888e
 def _rank_correlation(words: np.ndarray, values: np.ndarray) -> float:
     "Spearman's correlation; NaN where one of the two is constant."
     from scipy.stats import rankdata
