@@ -10,7 +10,7 @@ from scipy.stats import hypergeom
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import cohen_kappa_score, matthews_corrcoef, roc_auc_score
 
-from mlc_notebooks.data import AnnotatedTexts, LabelSet, load_task
+from mlc_notebooks.data import AnnotatedTexts, LabelSet, load_task, reorder_labels
 from mlc_notebooks.metrics import (
     agreement_by_label,
     annotator_agreement,
@@ -306,7 +306,7 @@ def test_where_nothing_is_nothing_is_found(seed):
     found = audit(with_splits(make_task(300, 20 + seed), test))
     assert len(found.findings()) == 0
     assert found.effects()["p"].notna().sum() > 20
-    assert "nothing" not in repr(found) and "0 answers beyond chance" in repr(found)
+    assert "answers beyond chance: 0 " in repr(found)
 
 
 # ---- swaps
@@ -350,7 +350,7 @@ def lm():
 
 @pytest.fixture(scope="module")
 def few():
-    return load_task("brighter-eng").sample(6, seed=3)
+    return load_task("brighter-eng").sample(4, seed=3)
 
 
 def test_changes_are_those_of_two_runs(lm, few):
@@ -373,11 +373,9 @@ def test_a_swap_that_changes_nothing_changes_nothing(lm, few):
 
 
 def test_places_are_slopes_over_prompts(lm, few):
-    effects = position_effects(lm, few, pairs=2).set_index(["quantity", "label"])
-    orders = balanced_orders(few.labels, 2)
-    assert orders[1] == orders[0][::-1] and orders[3] == orders[2][::-1]
-    from mlc_notebooks.data import reorder_labels
-
+    effects = position_effects(lm, few).set_index(["quantity", "label"])
+    orders = balanced_orders(few.labels)
+    assert orders[1] == orders[0][::-1] and len(balanced_orders(few.labels, 3)) == 6
     rows = []
     for order in orders:
         marginals = read_marginals(probe_steps(lm, reorder_labels(few, order), 0, progress=False))
@@ -385,7 +383,9 @@ def test_places_are_slopes_over_prompts(lm, few):
             place = 1 - order.index(label) / (len(order) - 1)
             rows += [(item, label, place, p) for item, p in marginals[label].items()]
     tidy = pd.DataFrame(rows, columns=["item", "label", "place", "p"])
-    for label, part in tidy.groupby("label"):
+    middle = orders[0][2]
+    assert ("probability", middle) not in effects.index  # its place never changes
+    for label, part in tidy[tidy["label"] != middle].groupby("label"):
         slopes = [np.polyfit(own["place"], own["p"], 1)[0] for _, own in part.groupby("item")]
         assert effects.loc[("probability", label), "value"] == pytest.approx(np.mean(slopes))
 

@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/mitigation.html.md
 # %% auto #0
 __all__ = ['average_wordings', 'mitigated_marginals', 'text_groups', 'compare_by_group', 'weight_annotators']
 
-# %% ../../nbs/alignment/30_mitigation.ipynb #f7afe9e9
+# %% ../../nbs/alignment/30_mitigation.ipynb #71a4fe1b
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ from ..metrics.terms import TERM_GROUPS, TermGroups, check_groups, holds_term, w
 from ..models.language_model import LanguageModel
 from ..probing.steps import probe_steps
 
-# %% ../../nbs/alignment/30_mitigation.ipynb #0f5b5b92
+# %% ../../nbs/alignment/30_mitigation.ipynb #7ef68f67
 def _wording_marginals(
     lm: LanguageModel, task: AnnotatedTexts, names: Sequence[str], shots: int, **probing
 ) -> pd.DataFrame:
@@ -57,7 +57,7 @@ def average_wordings(
     tables = [_wording_marginals(lm, task, names, shots, **asking) for names in [own, *wordings]]
     return mean_marginals(tables)
 
-# %% ../../nbs/alignment/30_mitigation.ipynb #04706eaa
+# %% ../../nbs/alignment/30_mitigation.ipynb #14da2b71
 def _balanced(
     lm: LanguageModel, task: AnnotatedTexts, shots: int, seed: int, **probing
 ) -> pd.DataFrame:
@@ -93,7 +93,7 @@ def mitigated_marginals(
         found["labels renamed and averaged"] = averaged
     return found
 
-# %% ../../nbs/alignment/30_mitigation.ipynb #2152aad5
+# %% ../../nbs/alignment/30_mitigation.ipynb #4af2b27e
 def text_groups(task: AnnotatedTexts, groups: TermGroups = TERM_GROUPS) -> dict[str, list[str]]:
     """Ids of the texts by group: all, each side's terms, short and long, agreed and divided.
 
@@ -115,7 +115,7 @@ def text_groups(task: AnnotatedTexts, groups: TermGroups = TERM_GROUPS) -> dict[
     ids = np.array(task.ids, dtype=object)
     return {name: ids[mask].tolist() for name, mask in masks.items() if mask.any()}
 
-# %% ../../nbs/alignment/30_mitigation.ipynb #6de74ace
+# %% ../../nbs/alignment/30_mitigation.ipynb #829e1304
 def compare_by_group(
     marginals: Mapping[str, pd.DataFrame],  # (n, L) by item id, of each remedy
     task: AnnotatedTexts,
@@ -140,7 +140,7 @@ def compare_by_group(
         return pd.DataFrame(columns=columns)
     return pd.concat(tables, ignore_index=True)[columns]
 
-# %% ../../nbs/alignment/30_mitigation.ipynb #e4b52107
+# %% ../../nbs/alignment/30_mitigation.ipynb #247e6718
 def _weight(person: str, weights: Mapping[str, float], name: str) -> float:
     "The weight of a person; raises `ValueError` naming one without."
     if person not in weights:

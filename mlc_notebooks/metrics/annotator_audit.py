@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/metrics/annotator_audit.html
 # %% auto #0
 __all__ = ['krippendorff_alpha', 'agreement_by_label', 'stratified_p', 'annotator_leanings', 'annotator_agreement']
 
-# %% ../../nbs/metrics/15c_annotator_audit.ipynb #a58db2c9
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #4f584e68
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -18,7 +18,7 @@ from ..data.texts import AnnotatedTexts
 from .significance import holm
 from .statistics import bootstrap
 
-# %% ../../nbs/metrics/15c_annotator_audit.ipynb #9f7f9392
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #47a0bebd
 def krippendorff_alpha(yes: np.ndarray, asked: np.ndarray) -> float:
     """Krippendorff's alpha of yes-or-no answers; `yes` of `asked` people said yes, per text (n,).
 
@@ -39,7 +39,7 @@ def krippendorff_alpha(yes: np.ndarray, asked: np.ndarray) -> float:
     expected = all_yes * all_no / (asked.sum() - 1)
     return float(1 - observed / expected)
 
-# %% ../../nbs/metrics/15c_annotator_audit.ipynb #992c24fb
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #de916f0d
 def _counts(task: AnnotatedTexts) -> tuple[np.ndarray, np.ndarray]:
     "How many said yes to each label (n, L), and how many were asked (n,), of texts with several."
     several = [votes for votes in task.annotations if len(votes) > 1]
@@ -74,7 +74,7 @@ def agreement_by_label(task: AnnotatedTexts, resamples: int = 300, seed: int = 0
         rows.append((label, _pairs_agree(column, asked), *interval, len(asked)))
     return pd.DataFrame(rows, columns=["label", "agree", "value", "low", "high", "n"])
 
-# %% ../../nbs/metrics/15c_annotator_audit.ipynb #c66b90ac
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #90da9ed7
 def _times(pmf: np.ndarray, times: int) -> np.ndarray:
     "The distribution of the sum of so many independent draws from `pmf`."
     total = np.ones(1)
@@ -103,7 +103,7 @@ def stratified_p(own_yes: int, strata: np.ndarray) -> float:
     at_least = pmf[own_yes:].sum()
     return float(min(1, 2 * min(at_most, at_least)))
 
-# %% ../../nbs/metrics/15c_annotator_audit.ipynb #4563c5a5
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #f5a58071
 def _check_known(task: AnnotatedTexts):
     "Raise `ValueError` for a task that does not say who its annotators are."
     if task.annotators is None:
@@ -123,9 +123,9 @@ def _group_answers(
         for group in sorted(set(groups) - {""}):
             own = groups == group
             if 0 < own.sum() < len(votes):
-                yield group, text, len(votes), int(own.sum()), all_yes, votes[own].sum(axis=0)
+                yield str(group), text, len(votes), int(own.sum()), all_yes, votes[own].sum(axis=0)
 
-# %% ../../nbs/metrics/15c_annotator_audit.ipynb #536796ec
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #2bce16d1
 _LEANING_COLUMNS = ["who", "label", "share", "others", "value", "low", "high", "n", "p"]
 
 
@@ -136,6 +136,16 @@ def _shares_apart(own_yes: np.ndarray, own: np.ndarray, other_yes: np.ndarray, o
     return own_yes.sum(axis=0) / total, (own[:, None] * mean_of_others).sum(axis=0) / total
 
 
+def _difference(counts: tuple[np.ndarray, ...], resamples: int, seed: int) -> tuple:
+    "The two shares' difference (L,) with the ends of its interval over texts."
+
+    def difference(chosen: np.ndarray) -> np.ndarray:
+        share, others = _shares_apart(*(column[chosen] for column in counts))
+        return share - others
+
+    return bootstrap(difference, len(counts[0]), resamples, seed)
+
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #62b7f300
 def _leaning_rows(
     who: str, part: pd.DataFrame, labels: list[str], resamples: int, seed: int
 ) -> list[tuple]:
@@ -144,25 +154,17 @@ def _leaning_rows(
     all_yes = np.stack(part["all_yes"])
     own = part["own"].to_numpy()
     asked = part["asked"].to_numpy()
-    other_yes = all_yes - own_yes
-    other = asked - own
-
-    def difference(chosen: np.ndarray) -> np.ndarray:
-        taken = (own_yes[chosen], own[chosen], other_yes[chosen], other[chosen])
-        share, of_others = _shares_apart(*taken)
-        return share - of_others
-
-    value, low, high = bootstrap(difference, len(part), resamples, seed)
-    share, of_others = _shares_apart(own_yes, own, other_yes, other)
+    counts = (own_yes, own, all_yes - own_yes, asked - own)
+    share, others = _shares_apart(*counts)
+    value, low, high = _difference(counts, resamples, seed)
     rows = []
     for i, label in enumerate(labels):
         strata = np.column_stack([asked, all_yes[:, i], own])
         p = stratified_p(int(own_yes[:, i].sum()), strata)
-        sizes = (value[i], low[i], high[i], len(part), p)
-        rows.append((who, label, share[i], of_others[i], *sizes))
+        rows.append((who, label, share[i], others[i], value[i], low[i], high[i], len(own), p))
     return rows
 
-# %% ../../nbs/metrics/15c_annotator_audit.ipynb #3e1e8e67
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #a49a328e
 def annotator_leanings(
     task: AnnotatedTexts,  # with annotators
     group_of: Mapping[str, str] | None = None,  # annotator -> group; None: each is its own group
@@ -188,7 +190,7 @@ def annotator_leanings(
     table = pd.DataFrame(rows, columns=_LEANING_COLUMNS)
     return table.assign(p_holm=holm(table["p"].astype(float)))
 
-# %% ../../nbs/metrics/15c_annotator_audit.ipynb #37851e52
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #32a26a8b
 def _kappa(own: np.ndarray, others: np.ndarray) -> float:
     "Cohen's kappa, labels pooled; own 0/1 (n, L), others: shares of yes (n, L)."
     agree = (own * others + (1 - own) * (1 - others)).mean()

@@ -7,8 +7,8 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/metrics/duplicates.html.md""
 # %% auto #0
 __all__ = ['text_twins', 'leakage', 'deduplicate']
 
-# %% ../../nbs/metrics/15d_duplicates.ipynb #914c4533
-from collections.abc import Sequence
+# %% ../../nbs/metrics/15d_duplicates.ipynb #32f7fbb8
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +19,7 @@ from ..data.texts import AnnotatedTexts, text_key
 from .label_audit import task_parts
 from .significance import exact_share
 
-# %% ../../nbs/metrics/15d_duplicates.ipynb #7268e02f
+# %% ../../nbs/metrics/15d_duplicates.ipynb #2997d950
 _ROWS_AT_ONCE = 256  # of the table of cosines
 
 
@@ -35,7 +35,7 @@ def _cosines(rows, others) -> np.ndarray:
     "The cosines of some rows with others (rows, others), of vectors of length 1."
     return (rows @ others.T).toarray()
 
-# %% ../../nbs/metrics/15d_duplicates.ipynb #7cee8125
+# %% ../../nbs/metrics/15d_duplicates.ipynb #3475b1ae
 class _Collection:
     "All texts of a task's splits in one list, with their split, id and vector."
 
@@ -64,7 +64,7 @@ def _nearest(collection: _Collection, rows: np.ndarray, others: np.ndarray) -> t
         cosine[start : start + len(taken)] = values.max(axis=1)
     return nearest, cosine
 
-# %% ../../nbs/metrics/15d_duplicates.ipynb #386aba43
+# %% ../../nbs/metrics/15d_duplicates.ipynb #11301ae5
 def _exact_twins(collection: _Collection, rows: np.ndarray, others: np.ndarray) -> dict[int, int]:
     "For each row that has a copy among `others`, beside itself, the first of them."
     places = {}
@@ -95,7 +95,7 @@ def _twins_between(
             found.append((int(row), int(twin), "near", float(min(value, 1))))
     return sorted(found)
 
-# %% ../../nbs/metrics/15d_duplicates.ipynb #1fbbb16b
+# %% ../../nbs/metrics/15d_duplicates.ipynb #e5cf7f93
 _TWIN_COLUMNS = ["split", "id", "twin_split", "twin", "kind", "cosine", "same_labels"]
 
 
@@ -132,7 +132,7 @@ def text_twins(
                 rows.append((split, *ids, kind, cosine, same))
     return pd.DataFrame(rows, columns=_TWIN_COLUMNS)
 
-# %% ../../nbs/metrics/15d_duplicates.ipynb #804a582d
+# %% ../../nbs/metrics/15d_duplicates.ipynb #bdc81494
 _LEAK_COLUMNS = ["split", "in_split", "kind", "texts", "value", "low", "high", "n", "same_labels"]
 
 
@@ -156,35 +156,38 @@ def leakage(task: AnnotatedTexts, twins: pd.DataFrame) -> pd.DataFrame:
         rows.append(_leak_row(part, names, sizes[names[0]]))
     return pd.DataFrame(rows, columns=_LEAK_COLUMNS)
 
-# %% ../../nbs/metrics/15d_duplicates.ipynb #0c2ed70c
+# %% ../../nbs/metrics/15d_duplicates.ipynb #7030b2b6
 def _keeping_order(names: Sequence[str]) -> list[str]:
     "The splits, those whose texts are kept first: test, then the others, train last."
     return sorted(names, key=lambda name: (name == "train", name != "test"))
 
 
+def _earlier_twins(collection: _Collection, order: np.ndarray, threshold: float) -> Iterator:
+    "For each place in the order, the earlier places whose texts are near copies of its text."
+    if collection.vectors is None:
+        yield from [np.zeros(0, int)] * len(order)
+        return
+    ordered = collection.vectors[order]
+    for start in range(0, len(order), _ROWS_AT_ONCE):
+        block = ordered[start : start + _ROWS_AT_ONCE]
+        near = _cosines(block, ordered[: start + block.shape[0]]) >= threshold
+        for row, is_near in enumerate(near):
+            yield np.flatnonzero(is_near[: start + row])
+
+
 def _stays(collection: _Collection, order: np.ndarray, threshold: float) -> np.ndarray:
     "Whether each text stays (n,): no earlier one in `order` that stays is its twin."
-    stays = np.zeros(len(order), bool)
+    kept = np.zeros(len(order), bool)  # by place in the order
     seen = set()
-    kept = []
-    for start in range(0, len(order), _ROWS_AT_ONCE):
-        taken = order[start : start + _ROWS_AT_ONCE]
-        if collection.vectors is not None:
-            before = np.concatenate([np.array(kept, int), taken])
-            near = _cosines(collection.vectors[taken], collection.vectors[before]) >= threshold
-        counted = len(kept)
-        for row, text in enumerate(taken):
-            is_twin = collection.keys[text] in seen
-            if not is_twin and collection.vectors is not None:
-                of_block = near[row, counted : counted + row] & stays[taken[:row]]
-                is_twin = near[row, :counted].any() or of_block.any()
-            stays[text] = not is_twin
-            if not is_twin:
-                seen.add(collection.keys[text])
-                kept.append(text)
+    for place, twins in enumerate(_earlier_twins(collection, order, threshold)):
+        key = collection.keys[order[place]]
+        kept[place] = key not in seen and not kept[twins].any()
+        seen.add(key)
+    stays = np.zeros(len(order), bool)
+    stays[order] = kept
     return stays
 
-# %% ../../nbs/metrics/15d_duplicates.ipynb #771c7e89
+# %% ../../nbs/metrics/15d_duplicates.ipynb #2a480bc1
 def _of_new_splits(task: AnnotatedTexts, splits: dict[str, AnnotatedTexts]) -> AnnotatedTexts:
     "The texts in hand that one of the new splits has, by id and text."
     left = {item for part in splits.values() for item in zip(part.ids, part.texts)}

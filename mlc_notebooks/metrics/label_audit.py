@@ -128,6 +128,17 @@ def _fisher_of_pair(sets: np.ndarray, i: int, j: int) -> float:
     return share_difference(hits, int(first.sum()), other_hits, int((~first).sum()))[3]
 
 
+def _pair_counts(names: list[str], sets: np.ndarray, pairs: np.ndarray) -> pd.DataFrame:
+    "The pairs by name, the texts that have both labels, and how many were to expect."
+    first, second = pairs.T
+    names = np.array(names, dtype=object)
+    totals = sets.sum(axis=0)
+    table = pd.DataFrame({"label": names[first], "other": names[second]})
+    table["both"] = (sets.T @ sets)[first, second].astype(int)
+    table["expected"] = totals[first] * totals[second] / len(sets)
+    return table
+
+
 def _frequent_labels(task: AnnotatedTexts, most: int) -> tuple[list[str], np.ndarray]:
     "The most frequent labels of the majority sets, in label order, and their columns (n, labels)."
     majority = task.majority()
@@ -156,14 +167,10 @@ def co_occurrence(
         return pd.DataFrame(columns=[*_PAIR_COLUMNS, "value", "low", "high", "n", "p", "p_holm"])
 
     ends = _pair_sizes(sets, pairs, resamples, seed)
-    found = np.stack(ends, axis=1).reshape(2, len(pairs), 3)  # lift and phi: value, low, high
-    table = pd.DataFrame([(names[i], names[j]) for i, j in pairs], columns=["label", "other"])
-    together = sets.T @ sets
-    totals = sets.sum(axis=0)
-    table["both"] = [int(together[i, j]) for i, j in pairs]
-    table["expected"] = [totals[i] * totals[j] / len(sets) for i, j in pairs]
-    table[["lift", "lift_low", "lift_high"]] = found[0]
-    table[["value", "low", "high"]] = found[1]
+    lift, phi = np.stack(ends, axis=1).reshape(2, len(pairs), 3)  # value, low, high of each pair
+    table = _pair_counts(names, sets, pairs)
+    table[["lift", "lift_low", "lift_high"]] = lift
+    table[["value", "low", "high"]] = phi
     table["n"] = len(sets)
     table["p"] = [_fisher_of_pair(sets, i, j) for i, j in pairs]
     return table.assign(p_holm=holm(table["p"]))

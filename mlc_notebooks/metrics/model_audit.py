@@ -8,7 +8,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/metrics/model_audit.html.md"
 __all__ = ['CONTENT_FREE', 'READ_OUTS', 'first_step', 'empty_answers', 'label_tokens', 'read_marginals', 'swap_changes',
            'balanced_orders', 'order_effects', 'position_effects', 'length_in_model']
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #1c95e411
+# %% ../../nbs/metrics/15f_model_audit.ipynb #72a7df72
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,7 +29,7 @@ from ..models.tokens import AnswerTokens
 from ..probing.steps import probe_steps
 from ..probing.trace import Trace
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #f3c605f4
+# %% ../../nbs/metrics/15f_model_audit.ipynb #b357d9ae
 CONTENT_FREE = ("N/A", "[MASK]", "...")
 
 
@@ -49,7 +49,7 @@ def _ask_empty(
     asking = {"demonstrations": shown, "decoding": "guided", "progress": False, **probing}
     return probe_steps(lm, empty, shots, seed=seed, **asking)
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #466475ac
+# %% ../../nbs/metrics/15f_model_audit.ipynb #81d6d204
 def empty_answers(
     lm: LanguageModel,
     task: AnnotatedTexts,
@@ -75,7 +75,7 @@ def empty_answers(
     table["gold"] = outcome_sets(known).mean() if len(known) else np.nan
     return table.rename_axis("outcome").reset_index()
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #7ce4b996
+# %% ../../nbs/metrics/15f_model_audit.ipynb #a68c7f8d
 def label_tokens(lm: LanguageModel, labels: LabelSet, fmt: str = "json") -> pd.DataFrame:
     """How the model's tokenizer spells each outcome: outcome, position, tokens, and alike.
 
@@ -96,7 +96,7 @@ def label_tokens(lm: LanguageModel, labels: LabelSet, fmt: str = "json") -> pd.D
         rows.append((name, position + 1, sizes[position], ", ".join(alike[name])))
     return pd.DataFrame(rows, columns=["outcome", "position", "tokens", "alike"])
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #401b9126
+# %% ../../nbs/metrics/15f_model_audit.ipynb #dd8d7e9a
 READ_OUTS = ("largest", "first")
 
 
@@ -111,7 +111,7 @@ def read_marginals(trace: Trace, read_out: str = "largest") -> pd.DataFrame:
     largest = of_steps.groupby(trace.steps["example"].to_numpy()).max()
     return largest.loc[trace.items.index]
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #1e72a9b5
+# %% ../../nbs/metrics/15f_model_audit.ipynb #337ca694
 def _ask_swapped(
     lm: LanguageModel, task: AnnotatedTexts, swaps: pd.DataFrame, shots: int, seed: int, **probing
 ) -> Trace:
@@ -138,7 +138,19 @@ def _change_rows(
         rows.append((*about, mean[i], low[i], high[i], p[i], len(changes)))
     return rows
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #5865703e
+# %% ../../nbs/metrics/15f_model_audit.ipynb #732c7510
+def _rows_by_sides(
+    swaps: pd.DataFrame, before: pd.DataFrame, after: pd.DataFrame, seed: int
+) -> list[tuple]:
+    "The rows of `swap_changes`; before and after: marginals in the order of `swaps`."
+    rows = []
+    for names, places in swaps.groupby(["group", "old", "new"], sort=False).indices.items():
+        values = (before.to_numpy()[places], after.to_numpy()[places])
+        found = _change_rows(*values, list(before.columns), seed)
+        rows += [(*names, *row) for row in found]
+    return rows
+
+
 _CHANGE_COLUMNS = ["group", "old", "new", "label", "before", "after", "size"]
 
 
@@ -168,17 +180,13 @@ def swap_changes(
         held = task.at(swaps["id"].drop_duplicates())
         trace = probe_steps(lm, held, shots, **asking)
 
-    before = read_marginals(trace, read_out).loc[swaps["id"], list(task.labels)].to_numpy()
+    before = read_marginals(trace, read_out).loc[swaps["id"], list(task.labels)]
     swapped = _ask_swapped(lm, task, swaps, shots, seed, **probing)
-    after = read_marginals(swapped, read_out).to_numpy()
-    rows = []
-    for names, places in swaps.groupby(["group", "old", "new"], sort=False).indices.items():
-        found = _change_rows(before[places], after[places], list(task.labels), seed)
-        rows += [(*names, *row) for row in found]
+    rows = _rows_by_sides(swaps, before, read_marginals(swapped, read_out), seed)
     table = pd.DataFrame(rows, columns=columns[:-1])
     return table.assign(p_holm=holm(table["p"]))
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #05835552
+# %% ../../nbs/metrics/15f_model_audit.ipynb #5b2e5e44
 def balanced_orders(labels: LabelSet, pairs: int = 1, seed: int = 0) -> list[list[str]]:
     "Orders of the labels, each followed by its reverse: first as listed, then at random."
     check_whole("pairs", pairs, least=1)
@@ -205,7 +213,7 @@ def _slopes(values: np.ndarray, places: np.ndarray) -> np.ndarray:
     spread = np.where(spread > 0, spread, np.nan)  # a label that always stands in the middle
     return np.einsum("onl,ol->nl", values, centred) / spread
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #aefd789a
+# %% ../../nbs/metrics/15f_model_audit.ipynb #ceb4df8b
 def order_effects(
     tables: Sequence[pd.DataFrame],  # (n, L) of the same items, one for each order
     orders: Sequence[Sequence[str]],  # of `balanced_orders`
@@ -228,7 +236,7 @@ def order_effects(
         rows.append((name, *bootstrap_mean(column, seed=seed), float(p), len(column)))
     return pd.DataFrame(rows, columns=["label", "value", "low", "high", "p", "n"])
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #9d7fe074
+# %% ../../nbs/metrics/15f_model_audit.ipynb #e9d0ce33
 def position_effects(
     lm: LanguageModel,
     task: AnnotatedTexts,
@@ -259,7 +267,7 @@ def position_effects(
     table.insert(0, "quantity", table.pop("quantity"))
     return table.assign(p_holm=holm(table["p"].astype(float)))
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #049b888e
+# %% ../../nbs/metrics/15f_model_audit.ipynb #5194cd65
 def _rank_correlation(words: np.ndarray, values: np.ndarray) -> float:
     "Spearman's correlation; NaN where one of the two is constant."
     from scipy.stats import rankdata

@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/metrics/task_audit.html.md""
 # %% auto #0
 __all__ = ['list_effects', 'Audit', 'audit']
 
-# %% ../../nbs/metrics/15g_task_audit.ipynb #922b6f51
+# %% ../../nbs/metrics/15g_task_audit.ipynb #af7ecb56
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -46,7 +46,7 @@ from mlc_notebooks.metrics.terms import (
 from ..models.language_model import LanguageModel
 from ..probing.steps import probe_steps
 
-# %% ../../nbs/metrics/15g_task_audit.ipynb #ccb86f4c
+# %% ../../nbs/metrics/15g_task_audit.ipynb #c9ce3600
 _WHAT = {  # frame: what one of its rows is about
     "shifts": "{label}: share in {split} less that in train",
     "pairs": "{label} with {other} (phi)",
@@ -83,7 +83,7 @@ def list_effects(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     listed = pd.concat(tables, ignore_index=True)
     return listed.assign(p_holm=holm(listed["p"].astype(float)))
 
-# %% ../../nbs/metrics/15g_task_audit.ipynb #d1ea4847
+# %% ../../nbs/metrics/15g_task_audit.ipynb #d2b06b52
 def _ends(frame: pd.DataFrame, name: str, value: str = "value") -> str:
     "The rows with the highest and the lowest value, in words."
     known = frame.dropna(subset=[value])
@@ -108,7 +108,9 @@ def _say_leaks(frame: pd.DataFrame) -> str:
     found = f"texts with a copy in their own split: {frame.loc[within, 'texts'].sum()}"
     if not len(between):
         return f"{found}; in another split: none"
-    most = between.loc[between["value"].idxmax()]
+    tested = between[between["split"] != "train"]
+    shown = tested if len(tested) else between
+    most = shown.loc[shown["texts"].idxmax()]
     return (
         f"{found}; in another: most for {most['split']} in {most['in_split']}, {most['texts']} of "
         f"{most['n']} ({most['kind']})"
@@ -124,7 +126,7 @@ _SAY = {
     "tokens": lambda frame: f"most and fewest: {_ends(frame, 'outcome', 'tokens')}",
 }
 
-# %% ../../nbs/metrics/15g_task_audit.ipynb #c8ce3d40
+# %% ../../nbs/metrics/15g_task_audit.ipynb #8e7214bd
 def _stands_out(part: pd.DataFrame) -> str:
     "The effect of a part with the smallest p, the largest of equals, in words; part: effects."
     known = part.dropna(subset=["p"])
@@ -142,10 +144,30 @@ def _summary_row(frame: pd.DataFrame, part: str, effects: pd.DataFrame, level: f
     beyond = int((own["p_holm"] < level).sum())
     return int(own["p"].notna().sum()), beyond, _stands_out(own)
 
-# %% ../../nbs/metrics/15g_task_audit.ipynb #14411999
+# %% ../../nbs/metrics/15g_task_audit.ipynb #935a132f
 _BOX = """<p>{{ head }}</p>{{ table }}<p>{{ foot }}</p>"""
 
 
+def _head(found: "Audit") -> str:
+    "How many questions were asked, and how many answers are beyond chance."
+    effects = found.effects()
+    asked = int(effects["p"].notna().sum())
+    beyond = int((effects["p_holm"] < found.level).sum())
+    return (
+        f"Audit of {found.name}: {asked} questions; answers beyond chance: {beyond} "
+        f"(p below {found.level:g} after Holm's correction for all of them)."
+    )
+
+
+def _lines(summary: pd.DataFrame) -> list[str]:
+    "One line per part."
+    lines = []
+    for part, asked, beyond, said in summary.itertuples():
+        counted = "" if asked == "-" else f"{beyond} of {asked}"
+        lines.append(f"{part:16}{counted:>10}  {said}")
+    return lines
+
+# %% ../../nbs/metrics/15g_task_audit.ipynb #3a61cd9c
 @dataclass(frozen=True, eq=False, repr=False)
 class Audit:
     "What an audit found; it prints as its summary."
@@ -175,29 +197,14 @@ class Audit:
         columns = ["asked", "beyond chance", "what stands out"]
         return pd.DataFrame.from_dict(rows, "index", columns=columns)
 
-    def _head(self) -> str:
-        effects = self.effects()
-        asked = int(effects["p"].notna().sum())
-        beyond = int((effects["p_holm"] < self.level).sum())
-        return (
-            f"Audit of {self.name}: {asked} questions, {beyond} answers beyond chance "
-            f"(p below {self.level:g} after Holm's correction for all of them)."
-        )
-
     def __repr__(self) -> str:
-        lines = [self._head(), ""]
-        for part, asked, beyond, found in self.summary().itertuples():
-            counted = "" if asked == "-" else f"{beyond} of {asked}"
-            lines.append(f"{part:16}{counted:>10}  {found}")
-        if self.notes:
-            lines += ["", *self.notes]
-        return "\n".join(lines)
+        return "\n".join([_head(self), "", *_lines(self.summary()), "", *self.notes]).rstrip()
 
     def _repr_html_(self) -> str:
         table = html_table(self.summary())
-        return html_part(_BOX, head=self._head(), table=table, foot=" ".join(self.notes))
+        return html_part(_BOX, head=_head(self), table=table, foot=" ".join(self.notes))
 
-# %% ../../nbs/metrics/15g_task_audit.ipynb #fed00128
+# %% ../../nbs/metrics/15g_task_audit.ipynb #0daffea8
 def _label_frames(task: AnnotatedTexts) -> dict[str, pd.DataFrame]:
     "The tables about labels; the task has annotated texts."
     frames = {"priors": label_priors(task)}
@@ -234,7 +241,7 @@ def _copies(task: AnnotatedTexts, threshold: float, near: bool) -> dict[str, pd.
     twins = text_twins(task, threshold, near)
     return {"twins": twins, "leaks": leakage(task, twins)}
 
-# %% ../../nbs/metrics/15g_task_audit.ipynb #4f7615d0
+# %% ../../nbs/metrics/15g_task_audit.ipynb #a16ab75b
 def _model_frames(
     lm: LanguageModel, task: AnnotatedTexts, groups: TermGroups, pairs: int, **asking
 ) -> dict[str, pd.DataFrame]:

@@ -8,7 +8,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/metrics/terms.html.md"""
 __all__ = ['TERM_GROUPS', 'TermGroups', 'check_groups', 'holds_term', 'term_label_shares', 'longer_with', 'words_of',
            'length_by_label', 'term_map', 'swap_terms', 'swapped_texts']
 
-# %% ../../nbs/metrics/15e_terms.ipynb #6f308d48
+# %% ../../nbs/metrics/15e_terms.ipynb #dc18e600
 from collections.abc import Mapping, Sequence
 from itertools import permutations
 
@@ -20,7 +20,7 @@ from ..data.texts import AnnotatedTexts, annotated
 from .label_audit import whole_word
 from .significance import holm, share_difference
 
-# %% ../../nbs/metrics/15e_terms.ipynb #0a0f07c5
+# %% ../../nbs/metrics/15e_terms.ipynb #b4f0470c
 TERM_GROUPS = {
     "gender": {
         "male": "man men boy boys he him his himself father dad son brother husband uncle",
@@ -42,7 +42,7 @@ TERM_GROUPS = {
 }
 TermGroups = Mapping[str, Mapping[str, str | Sequence[str]]]  # group -> side -> terms in order
 
-
+# %% ../../nbs/metrics/15e_terms.ipynb #1a5f2448
 def _terms(terms: str | Sequence[str]) -> tuple[str, ...]:
     "The terms of a side, which may be one string with spaces between them."
     listed = terms.split() if isinstance(terms, str) else check_listed("terms", terms)
@@ -65,7 +65,7 @@ def check_groups(groups: TermGroups) -> dict[str, dict[str, tuple[str, ...]]]:
             )
     return checked
 
-# %% ../../nbs/metrics/15e_terms.ipynb #1862a4d6
+# %% ../../nbs/metrics/15e_terms.ipynb #fba2c8d3
 def holds_term(texts: Sequence[str], terms: Sequence[str]) -> np.ndarray:
     "Whether each text holds one of the terms as a whole word (n,)."
     pattern = whole_word(*terms)
@@ -109,7 +109,7 @@ def term_label_shares(task: AnnotatedTexts, groups: TermGroups = TERM_GROUPS) ->
     table = pd.DataFrame(rows, columns=columns)
     return table.assign(p_holm=holm(table["p"].astype(float)))
 
-# %% ../../nbs/metrics/15e_terms.ipynb #96c355eb
+# %% ../../nbs/metrics/15e_terms.ipynb #76274dea
 def longer_with(length: np.ndarray, has: np.ndarray) -> tuple[float, float, float, float]:
     """How likely a text with the label is longer than one without: (value, low, high, p).
 
@@ -124,16 +124,19 @@ def longer_with(length: np.ndarray, has: np.ndarray) -> tuple[float, float, floa
     outside = length[~has]
     if not len(inside) or not len(outside):
         return np.nan, np.nan, np.nan, np.nan
-    wins_of_inside = _share_below(inside, outside)
-    wins_of_outside = _share_below(outside, inside)
-    value = float(wins_of_inside.mean())
-    if min(len(inside), len(outside)) < 2:
-        return value, np.nan, np.nan, float(mannwhitneyu(inside, outside).pvalue)
-    variance = wins_of_inside.var(ddof=1) / len(inside)
-    variance += wins_of_outside.var(ddof=1) / len(outside)
-    half = 1.96 * np.sqrt(variance)
+    value = float(_share_below(inside, outside).mean())
+    half = 1.96 * _delong_error(inside, outside)
     p = float(mannwhitneyu(inside, outside).pvalue)
-    return value, float(max(value - half, 0)), float(min(value + half, 1)), p
+    return value, float(np.maximum(value - half, 0)), float(np.minimum(value + half, 1)), p
+
+
+def _delong_error(inside: np.ndarray, outside: np.ndarray) -> float:
+    "The standard error of an AUROC by DeLong (1988); NaN where one side has one text only."
+    if min(len(inside), len(outside)) < 2:
+        return np.nan
+    of_inside = _share_below(inside, outside).var(ddof=1) / len(inside)
+    of_outside = _share_below(outside, inside).var(ddof=1) / len(outside)
+    return float(np.sqrt(of_inside + of_outside))
 
 
 def _share_below(values: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -143,7 +146,7 @@ def _share_below(values: np.ndarray, others: np.ndarray) -> np.ndarray:
     at_most = np.searchsorted(ordered, values, "right")
     return (below + at_most) / 2 / len(others)
 
-# %% ../../nbs/metrics/15e_terms.ipynb #a3971a14
+# %% ../../nbs/metrics/15e_terms.ipynb #5a62af11
 def words_of(texts: Sequence[str]) -> np.ndarray:
     "How many words each text has (n,), as split by spaces."
     return np.array([len(text.split()) for text in texts])
@@ -172,7 +175,7 @@ def length_by_label(task: AnnotatedTexts) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=columns)
     return table.assign(p_holm=holm(table["p"].astype(float)))
 
-# %% ../../nbs/metrics/15e_terms.ipynb #045a37d2
+# %% ../../nbs/metrics/15e_terms.ipynb #266c4518
 def term_map(old: Sequence[str], new: Sequence[str]) -> dict[str, str | None]:
     "What each term of one side becomes, in small letters; None where it has several counterparts."
     found = {}
@@ -206,7 +209,7 @@ def _swapped(word: str, swaps: Mapping[str, str]) -> str:
     "What takes the place of a word of a text."
     return _in_case_of(swaps[word.casefold()], word)
 
-# %% ../../nbs/metrics/15e_terms.ipynb #5e7f4751
+# %% ../../nbs/metrics/15e_terms.ipynb #24fa5467
 def swapped_texts(task: AnnotatedTexts, groups: TermGroups = TERM_GROUPS) -> pd.DataFrame:
     """The texts with the terms of one side replaced by those of another, for each pair of sides.
 

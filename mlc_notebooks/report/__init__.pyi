@@ -16,6 +16,7 @@ from . import command_runs as command_runs
 from . import corpus_runs as corpus_runs
 from . import cli as cli
 from . import classify as classify
+from . import audit_command as audit_command
 from .drawing import FEW as FEW
 from .drawing import OTHER as OTHER
 from .drawing import WRITTEN as WRITTEN
@@ -116,3 +117,4 @@ from .cli import mlc_align as mlc_align
 from .cli import mlc_fetch as mlc_fetch
 from .cli import mlc_probe as mlc_probe
 from .classify import mlc_classify as mlc_classify
+from .audit_command import mlc_audit as mlc_audit
