@@ -242,7 +242,7 @@ def test_an_annotator_who_always_says_yes_is_found():
     assert grouped["who"].unique().tolist() == ["new", "old"]
     agreement = agreement_by_label(task)
     assert (agreement["value"] < agreement_by_label(make_task(people=3))["value"]).all()
-    with pytest.raises(ValueError, match="does not say who gave which answer"):
+    with pytest.raises(ValueError, match="does not say who answered"):
         annotator_leanings(replace(task, annotators=None))
 
 

@@ -7,18 +7,19 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/metrics/annotator_audit.html
 # %% auto #0
 __all__ = ['krippendorff_alpha', 'agreement_by_label', 'stratified_p', 'annotator_leanings', 'annotator_agreement']
 
-# %% ../../nbs/metrics/15c_annotator_audit.ipynb #4f584e68
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #ea01d244
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pandas as pd
 
+from ..data.annotators import annotator_ids
 from ..data.checks import check_whole
 from ..data.texts import AnnotatedTexts
 from .significance import holm
 from .statistics import bootstrap
 
-# %% ../../nbs/metrics/15c_annotator_audit.ipynb #47a0bebd
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #26e1f946
 def krippendorff_alpha(yes: np.ndarray, asked: np.ndarray) -> float:
     """Krippendorff's alpha of yes-or-no answers; `yes` of `asked` people said yes, per text (n,).
 
@@ -39,7 +40,7 @@ def krippendorff_alpha(yes: np.ndarray, asked: np.ndarray) -> float:
     expected = all_yes * all_no / (asked.sum() - 1)
     return float(1 - observed / expected)
 
-# %% ../../nbs/metrics/15c_annotator_audit.ipynb #de916f0d
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #61ef673f
 def _counts(task: AnnotatedTexts) -> tuple[np.ndarray, np.ndarray]:
     "How many said yes to each label (n, L), and how many were asked (n,), of texts with several."
     several = [votes for votes in task.annotations if len(votes) > 1]
@@ -74,7 +75,7 @@ def agreement_by_label(task: AnnotatedTexts, resamples: int = 300, seed: int = 0
         rows.append((label, _pairs_agree(column, asked), *interval, len(asked)))
     return pd.DataFrame(rows, columns=["label", "agree", "value", "low", "high", "n"])
 
-# %% ../../nbs/metrics/15c_annotator_audit.ipynb #90da9ed7
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #33ac9f0b
 def _times(pmf: np.ndarray, times: int) -> np.ndarray:
     "The distribution of the sum of so many independent draws from `pmf`."
     total = np.ones(1)
@@ -103,16 +104,7 @@ def stratified_p(own_yes: int, strata: np.ndarray) -> float:
     at_least = pmf[own_yes:].sum()
     return float(min(1, 2 * min(at_most, at_least)))
 
-# %% ../../nbs/metrics/15c_annotator_audit.ipynb #f5a58071
-def _check_known(task: AnnotatedTexts):
-    "Raise `ValueError` for a task that does not say who its annotators are."
-    if task.annotators is None:
-        raise ValueError(
-            f"{task.name} does not say who gave which answer: give annotators=, ids in the order "
-            "of the annotations of each text"
-        )
-
-
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #d9985404
 def _group_answers(
     task: AnnotatedTexts, group_of: Mapping[str, str] | None
 ) -> Iterator[tuple[str, int, int, int, np.ndarray, np.ndarray]]:
@@ -125,7 +117,7 @@ def _group_answers(
             if 0 < own.sum() < len(votes):
                 yield str(group), text, len(votes), int(own.sum()), all_yes, votes[own].sum(axis=0)
 
-# %% ../../nbs/metrics/15c_annotator_audit.ipynb #2bce16d1
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #9dd15365
 _LEANING_COLUMNS = ["who", "label", "share", "others", "value", "low", "high", "n", "p"]
 
 
@@ -145,7 +137,7 @@ def _difference(counts: tuple[np.ndarray, ...], resamples: int, seed: int) -> tu
 
     return bootstrap(difference, len(counts[0]), resamples, seed)
 
-# %% ../../nbs/metrics/15c_annotator_audit.ipynb #62b7f300
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #27ff9bd0
 def _leaning_rows(
     who: str, part: pd.DataFrame, labels: list[str], resamples: int, seed: int
 ) -> list[tuple]:
@@ -164,7 +156,7 @@ def _leaning_rows(
         rows.append((who, label, share[i], others[i], value[i], low[i], high[i], len(own), p))
     return rows
 
-# %% ../../nbs/metrics/15c_annotator_audit.ipynb #a49a328e
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #71fe41b7
 def annotator_leanings(
     task: AnnotatedTexts,  # with annotators
     group_of: Mapping[str, str] | None = None,  # annotator -> group; None: each is its own group
@@ -177,9 +169,9 @@ def annotator_leanings(
     Columns: who, label, share (of own answers), others (of others' answers to the same texts),
     value (the difference), low, high, n (texts), p (`stratified_p`) and p_holm. Annotators whom
     `group_of` does not name count as others only. Raises `ValueError` where the task does not say
-    who gave which answer.
+    who answered.
     """
-    _check_known(task)
+    annotator_ids(task)  # raises
     check_whole("least", least, least=1)
     columns = ["who", "text", "asked", "own", "all_yes", "own_yes"]
     answers = pd.DataFrame(list(_group_answers(task, group_of)), columns=columns)
@@ -190,7 +182,7 @@ def annotator_leanings(
     table = pd.DataFrame(rows, columns=_LEANING_COLUMNS)
     return table.assign(p_holm=holm(table["p"].astype(float)))
 
-# %% ../../nbs/metrics/15c_annotator_audit.ipynb #32a26a8b
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #11103d0f
 def _kappa(own: np.ndarray, others: np.ndarray) -> float:
     "Cohen's kappa, labels pooled; own 0/1 (n, L), others: shares of yes (n, L)."
     agree = (own * others + (1 - own) * (1 - others)).mean()
@@ -222,9 +214,9 @@ def annotator_agreement(
     """How well each annotator agrees with the others on the same texts: Cohen's kappa.
 
     Columns: who, value (kappa, labels pooled), low, high and n (texts). Raises `ValueError` where
-    the task does not say who gave which answer.
+    the task does not say who answered.
     """
-    _check_known(task)
+    annotator_ids(task)  # raises
     rows = []
     for person, pairs in sorted(_own_and_others(task).items()):
         if len(pairs) < least:
