@@ -34,6 +34,7 @@ from . import maps as maps
 from . import classifier_answers as classifier_answers
 from . import classifier as classifier
 from . import cheaper as cheaper
+from . import word_baseline as word_baseline
 from . import corpus_rows as corpus_rows
 from . import block_plan as block_plan
 from . import block_rows as block_rows
@@ -229,6 +230,8 @@ from .cheaper import cheaper_methods as cheaper_methods
 from .cheaper import compare_with_cheaper as compare_with_cheaper
 from .cheaper import out_of_fold as out_of_fold
 from .cheaper import which_to_use as which_to_use
+from .word_baseline import WORDS as WORDS
+from .word_baseline import all_baselines as all_baselines
 from .corpus_rows import SourceFile as SourceFile
 from .corpus_rows import SourceRow as SourceRow
 from .corpus_rows import source_files as source_files

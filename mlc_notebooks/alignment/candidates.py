@@ -20,7 +20,7 @@ from ..data.texts import AnnotatedTexts, annotated, without_texts
 from ..metrics.inputs import check_scores, check_table
 from ..metrics.many_labels import recall_at
 from ..metrics.profiles import known_values
-from ..metrics.statistics import bootstrap_mean
+from ..metrics.statistics import bounded_mean
 from ..models.encoders import sentence_encoder
 from ..probing.asking import as_task
 
@@ -145,7 +145,7 @@ def candidate_recall(
     rows = []
     for k in ks:
         found = known_values(recall_at(scores, gold, k))
-        interval = bootstrap_mean(found, resamples=resamples)
+        interval = bounded_mean(found, resamples=resamples)
         rows.append((k, *interval, len(found), len(gold) - len(found)))
     return pd.DataFrame(rows, columns=["k", "recall", "low", "high", "n", "excluded"])
 

@@ -116,8 +116,9 @@ def _of_written(written: pd.DataFrame, wanted: pd.DataFrame) -> pd.DataFrame:
     for item, row in written.iterrows():
         for name in row.index[row == 1]:
             rows.append((item, wanted.at[item, name]))
-    tidy = pd.DataFrame(rows, columns=["example", "share of written labels"])
-    return mean_table(tidy, ["share of written labels"])
+    name = "share of written labels"
+    tidy = pd.DataFrame(rows, columns=["example", name])
+    return mean_table(tidy, [name], shares=[name])
 
 # %% ../../nbs/metrics/10_demonstration_labels.ipynb #65a341e6
 def _f1_rows(answers: pd.DataFrame) -> pd.DataFrame:

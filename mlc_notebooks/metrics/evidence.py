@@ -17,7 +17,7 @@ from .inputs import gold_of, judged
 from .phenomenon import summarise
 from .profiles import macro_auroc
 from .sets import example_f1
-from .statistics import bootstrap, bootstrap_mean
+from .statistics import bootstrap, bootstrap_mean, bounded_mean
 from ..probing.trace import Trace
 
 # %% ../../nbs/metrics/10b_evidence.ipynb #3e6aa1fa
@@ -232,7 +232,7 @@ def _f1_rows(found: np.ndarray, gold: np.ndarray, multi: bool, seed: int) -> lis
     constant = np.tile(_best_constant(gold, multi), (n, 1))
     above_constant = own - example_f1(constant, gold)
     rows = [
-        (Finding.F1, *bootstrap_mean(own, seed=seed), n, swapped),
+        (Finding.F1, *bounded_mean(own, seed=seed), n, swapped),
         (Finding.GAIN, *bootstrap_mean(gain, seed=seed), n, 0),
         (Finding.CONSTANT, *bootstrap_mean(above_constant, seed=seed), n, 0),
     ]

@@ -197,12 +197,12 @@ def vary_multi_share(
 ) -> pd.DataFrame:
     """How many labels are written, by the share of multi-label demonstrations (paper, Figure 6).
 
-    Columns: share, seed, quantity, value, low, high and n. Quantities: shares of outputs with
-    several labels and with none, mean number of labels written; the same of the gold sets; and,
-    without an interval, the true share of demonstrations with several labels (`share`, rounded to
-    whole demonstrations). Raises `ValueError`, before the model runs, for a share outside 0 to 1,
-    shots below 1, a single-label task, a task without train split or gold labels, and a train split
-    with too few texts of a kind.
+    Columns: share, seed, quantity, value, low, high and n (texts). Quantities: shares of outputs
+    with several labels and with none, mean number of labels written; the same of the gold sets;
+    and, without an interval, the true share of demonstrations with several labels (`share`, rounded
+    to whole demonstrations; there n counts demonstrations). Raises `ValueError`, before the model
+    runs, for a share outside 0 to 1, shots below 1, a single-label task, a task without train split
+    or gold labels, and a train split with too few texts of a kind.
     """
     check_experiment(task, [shots], seeds, probe_options, fixed=["multi_share"])
     check_values("shares", shares, partial(check_number, least=0, most=1))

@@ -23,7 +23,7 @@ from mlc_notebooks.metrics.inputs import (
     check_shares,
     check_table,
 )
-from .statistics import bootstrap
+from .statistics import bootstrap, bounded_mean
 
 # %% ../../nbs/metrics/12_many_labels.ipynb #d4cb46cc
 def _two(scores: np.ndarray, gold: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -154,23 +154,24 @@ def occurring_macro_f1(found: np.ndarray, gold: np.ndarray) -> float:
     return float((2 * hits / sizes).mean())
 
 # %% ../../nbs/metrics/12_many_labels.ipynb #24a1b3df
-def _mean_of(values: np.ndarray) -> Callable:
-    "The mean over drawn items."
-    return lambda chosen: float(values[chosen].mean())
-
-
 def _ratio_of(earned: np.ndarray, best: np.ndarray) -> Callable:
     "The ratio of two sums over drawn items."
     return lambda chosen: float(earned[chosen].sum() / best[chosen].sum())
 
 
-def _ranking_statistics(scores, gold, ks, propensities) -> dict[str, Callable]:
-    "The metrics of rankings by name, as functions of item positions; all items have gold labels."
+def _ranking_values(scores, gold, ks) -> dict[str, np.ndarray]:
+    "P, nDCG and recall of each item (n,), by name; all items have gold labels."
     found = {}
     per_item = {"P": precision_at, "nDCG": ndcg_at, "recall": recall_at}
     for name, metric in per_item.items():
         for k in ks:
-            found[f"{name}@{k}"] = _mean_of(metric(scores, gold, k))
+            found[f"{name}@{k}"] = metric(scores, gold, k)
+    return found
+
+
+def _propensity_statistics(scores, gold, ks, propensities) -> dict[str, Callable]:
+    "PSP by name, as functions of item positions; empty without propensities."
+    found = {}
     for k in ks if propensities is not None else ():
         found[f"PSP@{k}"] = _ratio_of(*propensity_precision_at(scores, gold, propensities, k))
     return found
@@ -218,6 +219,8 @@ def many_label_table(
 ) -> pd.DataFrame:
     """P@k, nDCG@k, recall@k, PSP@k and macro-F1, with 95 % intervals over items.
 
+    They are exact for those of P@k, nDCG@k and recall@k that are 0 or 1 for each item.
+
     Columns: metric, value, low, high, n, and excluded: the items without gold labels, for macro-F1
     the labels that do not occur. Raises `ValueError` naming an item or a label that the task or
     the table lacks, and an item that nobody annotated.
@@ -226,10 +229,13 @@ def many_label_table(
     gold = task.at(scores.index).majority().to_numpy(bool)
     propensities = _ordered_propensities(propensities, task)
     some = gold.any(axis=1)
+    ranked = (given[some], gold[some], ks)
+    counts = (some.sum(), (~some).sum())
     rows = []
-    statistics = _ranking_statistics(given[some], gold[some], ks, propensities)
-    for name, statistic in statistics.items():
-        rows.append(_interval_row(name, statistic, some.sum(), resamples, (~some).sum()))
+    for name, values in _ranking_values(*ranked).items():
+        rows.append((name, *bounded_mean(values, resamples=resamples), *counts))
+    for name, statistic in _propensity_statistics(*ranked, propensities).items():
+        rows.append(_interval_row(name, statistic, counts[0], resamples, counts[1]))
     if threshold is not None:
         rows.append(_macro_row(given, gold, task.labels.is_multi, threshold, resamples))
     return pd.DataFrame(rows, columns=_COLUMNS).astype({"n": int, "excluded": int})

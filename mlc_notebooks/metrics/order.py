@@ -113,15 +113,16 @@ def next_labels(trace: Trace) -> pd.DataFrame:
 def next_label_shares(trace: Trace, most_steps: int = 4) -> pd.DataFrame:
     """Means of `next_labels` over intermediate steps, for all steps together and by step.
 
-    Columns: step ("all", 1, 2, ... up to `most_steps`), quantity, value, low, high, n and rows.
-    runner_up_never and second_never are shares of those that are not written next.
+    Columns: step ("all", 1, 2, ... up to `most_steps`), quantity, value, low, high, n (texts) and
+    rows (steps). runner_up_never and second_never are shares of those that are not written next.
     """
     check_whole("most_steps", most_steps, least=1)
     steps = next_labels(trace)
     steps = steps[~steps["last"]]
     quantities = [*_WHAT_CAME, "next_now", "second_after"]
-    together = mean_table(steps, quantities).assign(step="all")
-    by_step = mean_table(steps[steps["step"] <= most_steps], quantities, by=["step"])
+    together = mean_table(steps, quantities, shares=_WHAT_CAME).assign(step="all")
+    first = steps[steps["step"] <= most_steps]
+    by_step = mean_table(first, quantities, by=["step"], shares=_WHAT_CAME)
     return pd.concat([together, by_step], ignore_index=True)[by_step.columns]
 
 # %% ../../nbs/metrics/02_order.ipynb #f8209b4d
@@ -155,6 +156,7 @@ def _order_correlation(written: list[int], first: np.ndarray) -> float:
 
 # %% ../../nbs/metrics/02_order.ipynb #80fa6fdf
 _FORETOLD = ["top_k_match", "order_correlation", "average_precision"]
+_FORETOLD_SHARES = ["top_k_match", "average_precision"]  # from 0 to 1
 
 
 def first_and_final(trace: Trace) -> pd.DataFrame:
@@ -187,8 +189,9 @@ def first_final_agreement(trace: Trace) -> pd.DataFrame:
     """
     items = first_and_final(trace)
     size = np.where(items["labels"] > 1, "several labels", "one label")
-    everyone = mean_table(items.assign(answers="all"), _FORETOLD, by=["answers"])
-    by_size = mean_table(items.assign(answers=size), _FORETOLD, by=["answers"])
+    means = {"values": _FORETOLD, "by": ["answers"], "shares": _FORETOLD_SHARES}
+    everyone = mean_table(items.assign(answers="all"), **means)
+    by_size = mean_table(items.assign(answers=size), **means)
     return pd.concat([everyone, by_size], ignore_index=True)
 
 # %% ../../nbs/metrics/02_order.ipynb #063748c3
@@ -224,7 +227,7 @@ def rank_histogram(trace: Trace, ranks: Sequence[int] = (1, 2, 3, 4)) -> pd.Data
     for rank in ranks:
         check_whole("a rank", rank, least=1)
     tidy = _steps_of_ranks(trace, ranks)
-    shares = pd.get_dummies(tidy["written_at"], dtype=float)
+    shares = pd.get_dummies(tidy["written_at"], dtype=bool)
     in_order = sorted(shares.columns, key=lambda step: (len(step), step))
     tidy = pd.concat([tidy[["example", "rank"]], shares], axis=1)
     table = mean_table(tidy, in_order, by=["rank"])
@@ -250,7 +253,7 @@ def order_accuracy(trace: Trace, task: AnnotatedTexts, positions: int = 3) -> pd
     check_whole("positions", positions, least=1)
     trace = judged(trace, task)
     tidy = _right_by_position(trace, gold_of(trace, task), positions)
-    return mean_table(tidy, ["correct"], by=["position"])
+    return mean_table(tidy, ["correct"], by=["position"], shares=["correct"])
 
 # %% ../../nbs/metrics/02_order.ipynb #eef2cd00
 def _orders_kept(names: list[str], labels: LabelSet) -> tuple[bool, bool, bool]:

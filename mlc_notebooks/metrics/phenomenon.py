@@ -10,6 +10,7 @@ __all__ = ['bounded_shares', 'summarise', 'phenomenon_table', 'by_trace']
 # %% ../../nbs/metrics/08_phenomenon.ipynb #2f6014d4
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pandas as pd
 
 from ..data.answers import IRREGULAR_FLAGS
@@ -49,12 +50,12 @@ def _kinds_of_output(trace: Trace) -> dict[str, pd.Series]:
 
 # %% ../../nbs/metrics/08_phenomenon.ipynb #2b9525c2
 def bounded_shares(trace: Trace) -> pd.DataFrame:
-    """How much of a trace is bounded: quantity, value, low, high and n, over all steps.
+    """How much of a trace is bounded: quantity, value, low, high, n (texts) and rows (steps).
 
     Quantities: the mean of the bounded mass, and the share of unseen steps. No rows where the model
     tells any token.
     """
-    columns = ["quantity", "value", "low", "high", "n"]
+    columns = ["quantity", "value", "low", "high", "n", "rows"]
     if trace.likeliest is None:
         return pd.DataFrame(columns=columns)
     steps = trace.steps[["example"]].assign(
@@ -78,12 +79,13 @@ def _at_step(profile: pd.DataFrame, step: int) -> dict[str, pd.Series]:
 
 
 def summarise(trace: Trace, steps: int = 2) -> pd.DataFrame:
-    """The short table of a trace: value, low, high and n by `quantity`, with intervals over items.
+    """The short table of a trace: value, low, high and n (texts) by `quantity`.
 
     Quantities: the shares of outputs with several labels, with none and irregular; then for each of
-    the first `steps` steps the means of top and second probability, entropy and label mass. Where
-    the model told its likeliest tokens only, the quantities of `bounded_shares` come last, and
-    texts with an unseen step count in these only.
+    the first `steps` steps the means of top and second probability, entropy and label mass. Each is
+    over one value per text. Where the model told its likeliest tokens only, the quantities of
+    `bounded_shares`, which are over all steps, come last, and texts with an unseen step count in
+    these only.
     """
     check_whole("steps", steps, least=0)
     seen = seen_texts(trace)
@@ -94,11 +96,12 @@ def summarise(trace: Trace, steps: int = 2) -> pd.DataFrame:
         values |= _at_step(profile, step)
     table = bootstrap_means(values)
     if len(bounded):
-        table = pd.concat([table, bounded])
+        table = pd.concat([table, bounded.drop(columns="rows")])
     return table.set_index("quantity")
 
 # %% ../../nbs/metrics/08_phenomenon.ipynb #52710878
 _VALUES = ("quantity", "value", "low", "high", "n", "rows", "excluded")
+_OVER_STEPS = ("bounded", "next label")  # a text counts as often as it has steps
 
 
 def _in_words(keys: Sequence[str], values: Sequence) -> str:
@@ -131,9 +134,11 @@ def _statistics(trace: Trace, task: AnnotatedTexts | None) -> dict[str, pd.DataF
 def phenomenon_table(trace: Trace, task: AnnotatedTexts | None = None) -> pd.DataFrame:
     """Every statistic of a trace in one table; those that need gold labels only with the task.
 
-    Columns: statistic, at, quantity, value, low, high, n and excluded, the items or labels that
-    could not be judged, where a statistic counts them. Where the model told its likeliest tokens
-    only, `bounded_shares` comes first; texts with an unseen step count in its rows only.
+    Columns: statistic, at, quantity, value, low, high, n (always texts), rows (how many values the
+    mean is over), rows_are ("steps", or "texts": one value for each) and excluded, the items or
+    labels that could not be judged, where a statistic counts them. Where the model told its
+    likeliest tokens only, `bounded_shares` comes first; texts with an unseen step count in its rows
+    only.
     """
     statistics = _statistics(seen_texts(trace), task)
     tables = []
@@ -142,8 +147,16 @@ def phenomenon_table(trace: Trace, task: AnnotatedTexts | None = None) -> pd.Dat
         tables.append(bounded.assign(statistic="bounded", at=""))
     for name, table in statistics.items():
         tables.append(table.assign(statistic=name, at=_where(table)))
-    columns = ["statistic", "at", "quantity", "value", "low", "high", "n", "excluded"]
-    return pd.concat(tables, ignore_index=True).reindex(columns=columns)
+    return _with_counts(pd.concat(tables, ignore_index=True))
+
+
+def _with_counts(table: pd.DataFrame) -> pd.DataFrame:
+    "The columns of `phenomenon_table`, with what its rows count."
+    over_steps = table["statistic"].isin(_OVER_STEPS)
+    table["rows"] = table["rows"].fillna(table["n"]).astype(int)
+    table["rows_are"] = np.where(over_steps, "steps", "texts")
+    about = ["statistic", "at", "quantity", "value", "low", "high", "n", "rows", "rows_are"]
+    return table.reindex(columns=[*about, "excluded"])
 
 # %% ../../nbs/metrics/08_phenomenon.ipynb #8d40e927
 def _check_traces(traces: dict[str, Trace], tasks: dict[str, AnnotatedTexts] | None):

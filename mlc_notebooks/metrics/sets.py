@@ -15,7 +15,7 @@ import pandas as pd
 from ..data.checks import check_number
 from ..data.texts import AnnotatedTexts
 from .inputs import check_same_shape, check_sets, check_table
-from .statistics import bootstrap
+from .statistics import bootstrap, exact_ends
 
 # %% ../../nbs/metrics/03_sets.ipynb #74275bba
 def _two_sets(found: np.ndarray, gold: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -63,10 +63,17 @@ def macro_f1(found: np.ndarray, gold: np.ndarray) -> float:
 SET_METRICS = ("example-F1", "micro-F1", "macro-F1", "Jaccard")
 
 
+_OF_ITEMS = [0, 3]  # the places in `SET_METRICS` of those that are means over texts
+
+
+def _of_each_text(found: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    "Example-F1 and Jaccard of each text (n, 2), of booleans (n, L)."
+    return np.stack([example_f1(found, gold), example_jaccard(found, gold)], axis=1)
+
+
 def _set_metrics(found: np.ndarray, gold: np.ndarray) -> np.ndarray:
     "The metrics of `SET_METRICS` (4,) of booleans (n, L)."
-    f1 = example_f1(found, gold).mean()
-    jaccard = example_jaccard(found, gold).mean()
+    f1, jaccard = _of_each_text(found, gold).mean(axis=0)
     return np.array([f1, micro_f1(found, gold), macro_f1(found, gold), jaccard])
 
 
@@ -75,7 +82,12 @@ def _set_intervals(found: np.ndarray, gold: np.ndarray, resamples: int, seed: in
     n = len(found)
     if not n:
         return np.full((3, len(SET_METRICS)), np.nan)
-    return bootstrap(lambda chosen: _set_metrics(found[chosen], gold[chosen]), n, resamples, seed)
+    value, low, high = bootstrap(
+        lambda chosen: _set_metrics(found[chosen], gold[chosen]), n, resamples, seed
+    )
+    of_texts = _of_each_text(found, gold)
+    low[_OF_ITEMS], high[_OF_ITEMS] = exact_ends(of_texts, low[_OF_ITEMS], high[_OF_ITEMS])
+    return value, low, high
 
 
 def bootstrap_sets(
@@ -86,8 +98,10 @@ def bootstrap_sets(
 ) -> pd.DataFrame:
     """The metrics of `SET_METRICS` with intervals over texts: columns metric, value, low, high, n.
 
-    Without texts the values are NaN and n is 0. Macro-F1 counts 0 for a label that is neither found
-    nor gold, in a draw too: its interval may lie below its value where labels are rare.
+    Where each text is 0 or 1 (all right or all wrong, as with single labels) example-F1 and Jaccard
+    are shares and have exact intervals. Without texts the values are NaN and n is 0. Macro-F1
+    counts 0 for a label that is neither found nor gold, in a draw too: its interval may lie below
+    its value where labels are rare.
     """
     found, gold = _two_sets(found, gold)
     value, low, high = _set_intervals(found, gold, resamples, seed)

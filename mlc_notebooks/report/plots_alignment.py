@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ..alignment.word_baseline import WORDS
+from ..metrics.baselines import BLIND_BASELINES
 from .drawing import OTHER, add_caption, interval_lengths
 from .fonts import plain_texts
 
@@ -63,14 +65,14 @@ def _alignment_caption(report: pd.DataFrame, metrics: Sequence[str]) -> str:
     found = [f"{metric} {best_method(report, metric)}" for metric in metrics]
     return (
         f"Best method by metric: {'; '.join(found)}. {report['n'].max()} items, 95 % intervals. "
-        "Below: baselines that read no text, and the annotators."
+        "Below: baselines, and the annotators."
     )
 
 # %% ../../nbs/report/04_plots_alignment.ipynb #b3737f01
 def best_method(report: pd.DataFrame, metric: str) -> str:
-    "The method with the best value, baselines that read no text and annotators left out."
-    blind = report["method"].isin(["constant", "label prior"])
+    "The method with the best value, baselines and annotators left out."
+    baseline = report["method"].isin([*BLIND_BASELINES, WORDS])
     people = report["method"].str.startswith("annotators")
-    rows = report[(report["metric"] == metric) & ~blind & ~people]
+    rows = report[(report["metric"] == metric) & ~baseline & ~people]
     values = rows.set_index("method")["value"]
     return values.idxmax() if _better(metric) == "more" else values.idxmin()
