@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/mitigation.html.md
 # %% auto #0
 __all__ = ['average_wordings', 'mitigated_marginals', 'text_groups', 'compare_by_group', 'weight_annotators']
 
-# %% ../../nbs/alignment/30_mitigation.ipynb #71a4fe1b
+# %% ../../nbs/alignment/30_mitigation.ipynb #51c4a6a8
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -19,6 +19,7 @@ from mlc_notebooks.alignment.trace_methods import (
     max_over_generations,
     max_over_generations_calibrated,
 )
+from ..data.annotators import annotator_ids
 from ..data.checks import check_number, check_whole
 from ..data.demonstrations import per_label_demonstrations
 from ..data.texts import AnnotatedTexts, rename_labels
@@ -27,7 +28,7 @@ from ..metrics.terms import TERM_GROUPS, TermGroups, check_groups, holds_term, w
 from ..models.language_model import LanguageModel
 from ..probing.steps import probe_steps
 
-# %% ../../nbs/alignment/30_mitigation.ipynb #7ef68f67
+# %% ../../nbs/alignment/30_mitigation.ipynb #5de5b8af
 def _wording_marginals(
     lm: LanguageModel, task: AnnotatedTexts, names: Sequence[str], shots: int, **probing
 ) -> pd.DataFrame:
@@ -57,7 +58,7 @@ def average_wordings(
     tables = [_wording_marginals(lm, task, names, shots, **asking) for names in [own, *wordings]]
     return mean_marginals(tables)
 
-# %% ../../nbs/alignment/30_mitigation.ipynb #14da2b71
+# %% ../../nbs/alignment/30_mitigation.ipynb #31ec4f66
 def _balanced(
     lm: LanguageModel, task: AnnotatedTexts, shots: int, seed: int, **probing
 ) -> pd.DataFrame:
@@ -93,7 +94,7 @@ def mitigated_marginals(
         found["labels renamed and averaged"] = averaged
     return found
 
-# %% ../../nbs/alignment/30_mitigation.ipynb #4af2b27e
+# %% ../../nbs/alignment/30_mitigation.ipynb #07857445
 def text_groups(task: AnnotatedTexts, groups: TermGroups = TERM_GROUPS) -> dict[str, list[str]]:
     """Ids of the texts by group: all, each side's terms, short and long, agreed and divided.
 
@@ -115,7 +116,7 @@ def text_groups(task: AnnotatedTexts, groups: TermGroups = TERM_GROUPS) -> dict[
     ids = np.array(task.ids, dtype=object)
     return {name: ids[mask].tolist() for name, mask in masks.items() if mask.any()}
 
-# %% ../../nbs/alignment/30_mitigation.ipynb #829e1304
+# %% ../../nbs/alignment/30_mitigation.ipynb #f1f82792
 def compare_by_group(
     marginals: Mapping[str, pd.DataFrame],  # (n, L) by item id, of each remedy
     task: AnnotatedTexts,
@@ -140,7 +141,7 @@ def compare_by_group(
         return pd.DataFrame(columns=columns)
     return pd.concat(tables, ignore_index=True)[columns]
 
-# %% ../../nbs/alignment/30_mitigation.ipynb #247e6718
+# %% ../../nbs/alignment/30_mitigation.ipynb #9883cf6e
 def _weight(person: str, weights: Mapping[str, float], name: str) -> float:
     "The weight of a person; raises `ValueError` naming one without."
     if person not in weights:
@@ -168,10 +169,6 @@ def weight_annotators(task: AnnotatedTexts, weights: Mapping[str, float]) -> Ann
     or one of its splits, does not say who answered.
     """
     for part in (task, *task.splits.values()):
-        if part.annotators is None:
-            raise ValueError(
-                f"{part.name} does not say who gave which answer: give annotators=, ids in the "
-                "order of the annotations of each text"
-            )
+        annotator_ids(part)  # raises
     splits = {name: _weighted_shares(part, weights) for name, part in task.splits.items()}
     return replace(_weighted_shares(task, weights), splits=splits)

@@ -127,8 +127,7 @@ from .many_labels import occurring_macro_f1 as occurring_macro_f1
 from .many_labels import precision_at as precision_at
 from .many_labels import propensity_precision_at as propensity_precision_at
 from .many_labels import recall_at as recall_at
-from .significance import exact_share as exact_share
-from .significance import holm as holm
+from .significance import corrected_p as corrected_p
 from .significance import share_difference as share_difference
 from .significance import sign_flip_p as sign_flip_p
 from .label_audit import co_occurrence as co_occurrence

@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/metrics/annotator_audit.html
 # %% auto #0
 __all__ = ['krippendorff_alpha', 'agreement_by_label', 'stratified_p', 'annotator_leanings', 'annotator_agreement']
 
-# %% ../../nbs/metrics/15c_annotator_audit.ipynb #ea01d244
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #57ab878e
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -16,10 +16,10 @@ import pandas as pd
 from ..data.annotators import annotator_ids
 from ..data.checks import check_whole
 from ..data.texts import AnnotatedTexts
-from .significance import holm
+from .significance import corrected_p
 from .statistics import bootstrap
 
-# %% ../../nbs/metrics/15c_annotator_audit.ipynb #26e1f946
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #7c853183
 def krippendorff_alpha(yes: np.ndarray, asked: np.ndarray) -> float:
     """Krippendorff's alpha of yes-or-no answers; `yes` of `asked` people said yes, per text (n,).
 
@@ -40,7 +40,7 @@ def krippendorff_alpha(yes: np.ndarray, asked: np.ndarray) -> float:
     expected = all_yes * all_no / (asked.sum() - 1)
     return float(1 - observed / expected)
 
-# %% ../../nbs/metrics/15c_annotator_audit.ipynb #61ef673f
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #0991713b
 def _counts(task: AnnotatedTexts) -> tuple[np.ndarray, np.ndarray]:
     "How many said yes to each label (n, L), and how many were asked (n,), of texts with several."
     several = [votes for votes in task.annotations if len(votes) > 1]
@@ -75,7 +75,7 @@ def agreement_by_label(task: AnnotatedTexts, resamples: int = 300, seed: int = 0
         rows.append((label, _pairs_agree(column, asked), *interval, len(asked)))
     return pd.DataFrame(rows, columns=["label", "agree", "value", "low", "high", "n"])
 
-# %% ../../nbs/metrics/15c_annotator_audit.ipynb #33ac9f0b
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #2baee26d
 def _times(pmf: np.ndarray, times: int) -> np.ndarray:
     "The distribution of the sum of so many independent draws from `pmf`."
     total = np.ones(1)
@@ -104,7 +104,7 @@ def stratified_p(own_yes: int, strata: np.ndarray) -> float:
     at_least = pmf[own_yes:].sum()
     return float(min(1, 2 * min(at_most, at_least)))
 
-# %% ../../nbs/metrics/15c_annotator_audit.ipynb #d9985404
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #f44160a6
 def _group_answers(
     task: AnnotatedTexts, group_of: Mapping[str, str] | None
 ) -> Iterator[tuple[str, int, int, int, np.ndarray, np.ndarray]]:
@@ -117,7 +117,7 @@ def _group_answers(
             if 0 < own.sum() < len(votes):
                 yield str(group), text, len(votes), int(own.sum()), all_yes, votes[own].sum(axis=0)
 
-# %% ../../nbs/metrics/15c_annotator_audit.ipynb #9dd15365
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #cfa3b3e6
 _LEANING_COLUMNS = ["who", "label", "share", "others", "value", "low", "high", "n", "p"]
 
 
@@ -137,7 +137,7 @@ def _difference(counts: tuple[np.ndarray, ...], resamples: int, seed: int) -> tu
 
     return bootstrap(difference, len(counts[0]), resamples, seed)
 
-# %% ../../nbs/metrics/15c_annotator_audit.ipynb #27ff9bd0
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #ca99d74c
 def _leaning_rows(
     who: str, part: pd.DataFrame, labels: list[str], resamples: int, seed: int
 ) -> list[tuple]:
@@ -156,7 +156,7 @@ def _leaning_rows(
         rows.append((who, label, share[i], others[i], value[i], low[i], high[i], len(own), p))
     return rows
 
-# %% ../../nbs/metrics/15c_annotator_audit.ipynb #71fe41b7
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #ec414b7b
 def annotator_leanings(
     task: AnnotatedTexts,  # with annotators
     group_of: Mapping[str, str] | None = None,  # annotator -> group; None: each is its own group
@@ -180,9 +180,9 @@ def annotator_leanings(
         if len(part) >= least:
             rows += _leaning_rows(who, part, list(task.labels), resamples, seed)
     table = pd.DataFrame(rows, columns=_LEANING_COLUMNS)
-    return table.assign(p_holm=holm(table["p"].astype(float)))
+    return table.assign(p_holm=corrected_p(table["p"].astype(float)))
 
-# %% ../../nbs/metrics/15c_annotator_audit.ipynb #11103d0f
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #08350b2e
 def _kappa(own: np.ndarray, others: np.ndarray) -> float:
     "Cohen's kappa, labels pooled; own 0/1 (n, L), others: shares of yes (n, L)."
     agree = (own * others + (1 - own) * (1 - others)).mean()
@@ -204,7 +204,7 @@ def _own_and_others(task: AnnotatedTexts) -> dict[str, list[tuple[np.ndarray, np
                 found.setdefault(person, []).append((votes[i], others))
     return found
 
-
+# %% ../../nbs/metrics/15c_annotator_audit.ipynb #0896fbed
 def annotator_agreement(
     task: AnnotatedTexts,  # with annotators
     least: int = 10,  # texts shared with others; who has fewer has no row

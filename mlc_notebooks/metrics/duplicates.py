@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/metrics/duplicates.html.md""
 # %% auto #0
 __all__ = ['text_twins', 'leakage', 'deduplicate']
 
-# %% ../../nbs/metrics/15d_duplicates.ipynb #32f7fbb8
+# %% ../../nbs/metrics/15d_duplicates.ipynb #8ba8cb99
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -17,9 +17,9 @@ import pandas as pd
 from ..data.checks import check_choice, check_number
 from ..data.texts import AnnotatedTexts, text_key
 from .label_audit import task_parts
-from .significance import exact_share
+from .statistics import share_interval
 
-# %% ../../nbs/metrics/15d_duplicates.ipynb #2997d950
+# %% ../../nbs/metrics/15d_duplicates.ipynb #6f159336
 _ROWS_AT_ONCE = 256  # of the table of cosines
 
 
@@ -35,7 +35,7 @@ def _cosines(rows, others) -> np.ndarray:
     "The cosines of some rows with others (rows, others), of vectors of length 1."
     return (rows @ others.T).toarray()
 
-# %% ../../nbs/metrics/15d_duplicates.ipynb #3475b1ae
+# %% ../../nbs/metrics/15d_duplicates.ipynb #751528cc
 class _Collection:
     "All texts of a task's splits in one list, with their split, id and vector."
 
@@ -64,7 +64,7 @@ def _nearest(collection: _Collection, rows: np.ndarray, others: np.ndarray) -> t
         cosine[start : start + len(taken)] = values.max(axis=1)
     return nearest, cosine
 
-# %% ../../nbs/metrics/15d_duplicates.ipynb #11301ae5
+# %% ../../nbs/metrics/15d_duplicates.ipynb #c3d1b045
 def _exact_twins(collection: _Collection, rows: np.ndarray, others: np.ndarray) -> dict[int, int]:
     "For each row that has a copy among `others`, beside itself, the first of them."
     places = {}
@@ -95,7 +95,7 @@ def _twins_between(
             found.append((int(row), int(twin), "near", float(min(value, 1))))
     return sorted(found)
 
-# %% ../../nbs/metrics/15d_duplicates.ipynb #e5cf7f93
+# %% ../../nbs/metrics/15d_duplicates.ipynb #84e6132b
 _TWIN_COLUMNS = ["split", "id", "twin_split", "twin", "kind", "cosine", "same_labels"]
 
 
@@ -132,7 +132,7 @@ def text_twins(
                 rows.append((split, *ids, kind, cosine, same))
     return pd.DataFrame(rows, columns=_TWIN_COLUMNS)
 
-# %% ../../nbs/metrics/15d_duplicates.ipynb #bdc81494
+# %% ../../nbs/metrics/15d_duplicates.ipynb #ec2e1c16
 _LEAK_COLUMNS = ["split", "in_split", "kind", "texts", "value", "low", "high", "n", "same_labels"]
 
 
@@ -140,7 +140,7 @@ def _leak_row(part: pd.DataFrame, names: tuple[str, str, str], n: int) -> tuple:
     "A row of `leakage`: the twins of one kind that the n texts of a split have in another one."
     known = part["same_labels"].dropna().astype(float)
     same = known.mean() if len(known) else np.nan
-    return *names, len(part), *exact_share(len(part), n), n, same
+    return *names, len(part), *share_interval(len(part), n), n, same
 
 
 def leakage(task: AnnotatedTexts, twins: pd.DataFrame) -> pd.DataFrame:
@@ -156,7 +156,7 @@ def leakage(task: AnnotatedTexts, twins: pd.DataFrame) -> pd.DataFrame:
         rows.append(_leak_row(part, names, sizes[names[0]]))
     return pd.DataFrame(rows, columns=_LEAK_COLUMNS)
 
-# %% ../../nbs/metrics/15d_duplicates.ipynb #7030b2b6
+# %% ../../nbs/metrics/15d_duplicates.ipynb #058a92a5
 def _keeping_order(names: Sequence[str]) -> list[str]:
     "The splits, those whose texts are kept first: test, then the others, train last."
     return sorted(names, key=lambda name: (name == "train", name != "test"))
@@ -187,7 +187,7 @@ def _stays(collection: _Collection, order: np.ndarray, threshold: float) -> np.n
     stays[order] = kept
     return stays
 
-# %% ../../nbs/metrics/15d_duplicates.ipynb #2a480bc1
+# %% ../../nbs/metrics/15d_duplicates.ipynb #5aef4813
 def _of_new_splits(task: AnnotatedTexts, splits: dict[str, AnnotatedTexts]) -> AnnotatedTexts:
     "The texts in hand that one of the new splits has, by id and text."
     left = {item for part in splits.values() for item in zip(part.ids, part.texts)}

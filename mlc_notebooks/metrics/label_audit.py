@@ -18,8 +18,8 @@ import pandas as pd
 from ..data.checks import check_whole
 from ..data.labels import LabelSet
 from ..data.texts import AnnotatedTexts, annotated
-from .significance import exact_share, holm, share_difference
-from .statistics import bootstrap
+from .significance import corrected_p, share_difference
+from .statistics import bootstrap, share_interval
 
 # %% ../../nbs/metrics/15b_label_audit.ipynb #b5b12b61
 def task_parts(task: AnnotatedTexts) -> dict[str, AnnotatedTexts]:
@@ -48,7 +48,7 @@ def _prior_rows(split: str, part: AnnotatedTexts) -> list[tuple]:
     q = part.distribution().mean()
     rows = []
     for label, count in texts.items():
-        interval = exact_share(count, n)
+        interval = share_interval(count, n)
         rows.append((split, label, int(count), *interval, n, q.get(label, np.nan)))
     return rows
 
@@ -89,7 +89,7 @@ def prior_shifts(task: AnnotatedTexts) -> pd.DataFrame:
         if row["label"] in train.index:
             rows.append(_shift_row(row["split"], row, train.loc[row["label"]]))
     shifts = pd.DataFrame(rows, columns=_SHIFT_COLUMNS)
-    return shifts.assign(p_holm=holm(shifts["p"].astype(float)))
+    return shifts.assign(p_holm=corrected_p(shifts["p"].astype(float)))
 
 # %% ../../nbs/metrics/15b_label_audit.ipynb #8f71b729
 def _lift_and_phi(sets: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -173,7 +173,7 @@ def co_occurrence(
     table[["value", "low", "high"]] = phi
     table["n"] = len(sets)
     table["p"] = [_fisher_of_pair(sets, i, j) for i, j in pairs]
-    return table.assign(p_holm=holm(table["p"]))
+    return table.assign(p_holm=corrected_p(table["p"]))
 
 # %% ../../nbs/metrics/15b_label_audit.ipynb #1d6683af
 def whole_word(*terms: str) -> re.Pattern:
@@ -221,8 +221,8 @@ def _wording_row(task: AnnotatedTexts, label: str, has: np.ndarray, alike: list[
     others = len(named) - named_texts
     hits = int(has[named].sum())
     other_hits = int(has[~named].sum())
-    share = exact_share(hits, named_texts)[0]
-    elsewhere = exact_share(other_hits, others)[0]
+    share = share_interval(hits, named_texts)[0]
+    elsewhere = share_interval(other_hits, others)[0]
     difference = share_difference(hits, named_texts, other_hits, others)
     about = (label, task.labels.index(label) + 1, len(label), ", ".join(alike))
     return *about, named_texts, share, elsewhere, *difference, len(named)
@@ -243,4 +243,4 @@ def label_wording(task: AnnotatedTexts) -> pd.DataFrame:
         rows.append(_wording_row(task, label, majority[label].to_numpy(), alike[label]))
     columns = [*_WORDING_COLUMNS, "value", "low", "high", "p", "n"]
     table = pd.DataFrame(rows, columns=columns)
-    return table.assign(p_holm=holm(table["p"].astype(float)))
+    return table.assign(p_holm=corrected_p(table["p"].astype(float)))

@@ -8,7 +8,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/metrics/model_audit.html.md"
 __all__ = ['CONTENT_FREE', 'READ_OUTS', 'first_step', 'empty_answers', 'label_tokens', 'read_marginals', 'swap_changes',
            'balanced_orders', 'order_effects', 'position_effects', 'length_in_model']
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #72a7df72
+# %% ../../nbs/metrics/15f_model_audit.ipynb #df89d9cf
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,7 +21,7 @@ from ..data.labels import LabelSet
 from ..data.texts import AnnotatedTexts, annotated, reorder_labels, unannotated
 from .inputs import check_trace
 from .label_audit import outcome_sets
-from .significance import holm, sign_flip_p
+from .significance import corrected_p, sign_flip_p
 from .statistics import bootstrap, bootstrap_mean
 from .terms import TERM_GROUPS, TermGroups, swapped_texts, words_of
 from ..models.language_model import LanguageModel
@@ -29,7 +29,7 @@ from ..models.tokens import AnswerTokens
 from ..probing.steps import probe_steps
 from ..probing.trace import Trace
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #b357d9ae
+# %% ../../nbs/metrics/15f_model_audit.ipynb #3447ddc6
 CONTENT_FREE = ("N/A", "[MASK]", "...")
 
 
@@ -49,7 +49,7 @@ def _ask_empty(
     asking = {"demonstrations": shown, "decoding": "guided", "progress": False, **probing}
     return probe_steps(lm, empty, shots, seed=seed, **asking)
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #81d6d204
+# %% ../../nbs/metrics/15f_model_audit.ipynb #30f149b4
 def empty_answers(
     lm: LanguageModel,
     task: AnnotatedTexts,
@@ -75,7 +75,7 @@ def empty_answers(
     table["gold"] = outcome_sets(known).mean() if len(known) else np.nan
     return table.rename_axis("outcome").reset_index()
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #a68c7f8d
+# %% ../../nbs/metrics/15f_model_audit.ipynb #f19d3fe0
 def label_tokens(lm: LanguageModel, labels: LabelSet, fmt: str = "json") -> pd.DataFrame:
     """How the model's tokenizer spells each outcome: outcome, position, tokens, and alike.
 
@@ -96,7 +96,7 @@ def label_tokens(lm: LanguageModel, labels: LabelSet, fmt: str = "json") -> pd.D
         rows.append((name, position + 1, sizes[position], ", ".join(alike[name])))
     return pd.DataFrame(rows, columns=["outcome", "position", "tokens", "alike"])
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #dd8d7e9a
+# %% ../../nbs/metrics/15f_model_audit.ipynb #3702e4d7
 READ_OUTS = ("largest", "first")
 
 
@@ -111,7 +111,7 @@ def read_marginals(trace: Trace, read_out: str = "largest") -> pd.DataFrame:
     largest = of_steps.groupby(trace.steps["example"].to_numpy()).max()
     return largest.loc[trace.items.index]
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #337ca694
+# %% ../../nbs/metrics/15f_model_audit.ipynb #f30a8686
 def _ask_swapped(
     lm: LanguageModel, task: AnnotatedTexts, swaps: pd.DataFrame, shots: int, seed: int, **probing
 ) -> Trace:
@@ -138,7 +138,7 @@ def _change_rows(
         rows.append((*about, mean[i], low[i], high[i], p[i], len(changes)))
     return rows
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #732c7510
+# %% ../../nbs/metrics/15f_model_audit.ipynb #870e88ad
 def _rows_by_sides(
     swaps: pd.DataFrame, before: pd.DataFrame, after: pd.DataFrame, seed: int
 ) -> list[tuple]:
@@ -153,7 +153,7 @@ def _rows_by_sides(
 
 _CHANGE_COLUMNS = ["group", "old", "new", "label", "before", "after", "size"]
 
-
+# %% ../../nbs/metrics/15f_model_audit.ipynb #6310cc32
 def swap_changes(
     lm: LanguageModel,
     task: AnnotatedTexts,
@@ -184,9 +184,9 @@ def swap_changes(
     swapped = _ask_swapped(lm, task, swaps, shots, seed, **probing)
     rows = _rows_by_sides(swaps, before, read_marginals(swapped, read_out), seed)
     table = pd.DataFrame(rows, columns=columns[:-1])
-    return table.assign(p_holm=holm(table["p"]))
+    return table.assign(p_holm=corrected_p(table["p"]))
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #5b2e5e44
+# %% ../../nbs/metrics/15f_model_audit.ipynb #5ddac832
 def balanced_orders(labels: LabelSet, pairs: int = 1, seed: int = 0) -> list[list[str]]:
     "Orders of the labels, each followed by its reverse: first as listed, then at random."
     check_whole("pairs", pairs, least=1)
@@ -213,7 +213,7 @@ def _slopes(values: np.ndarray, places: np.ndarray) -> np.ndarray:
     spread = np.where(spread > 0, spread, np.nan)  # a label that always stands in the middle
     return np.einsum("onl,ol->nl", values, centred) / spread
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #ceb4df8b
+# %% ../../nbs/metrics/15f_model_audit.ipynb #926db86c
 def order_effects(
     tables: Sequence[pd.DataFrame],  # (n, L) of the same items, one for each order
     orders: Sequence[Sequence[str]],  # of `balanced_orders`
@@ -236,7 +236,7 @@ def order_effects(
         rows.append((name, *bootstrap_mean(column, seed=seed), float(p), len(column)))
     return pd.DataFrame(rows, columns=["label", "value", "low", "high", "p", "n"])
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #e9d0ce33
+# %% ../../nbs/metrics/15f_model_audit.ipynb #61af85a5
 def position_effects(
     lm: LanguageModel,
     task: AnnotatedTexts,
@@ -265,9 +265,9 @@ def position_effects(
     ]
     table = pd.concat(effects, ignore_index=True)
     table.insert(0, "quantity", table.pop("quantity"))
-    return table.assign(p_holm=holm(table["p"].astype(float)))
+    return table.assign(p_holm=corrected_p(table["p"].astype(float)))
 
-# %% ../../nbs/metrics/15f_model_audit.ipynb #5194cd65
+# %% ../../nbs/metrics/15f_model_audit.ipynb #79334cca
 def _rank_correlation(words: np.ndarray, values: np.ndarray) -> float:
     "Spearman's correlation; NaN where one of the two is constant."
     from scipy.stats import rankdata
@@ -300,4 +300,4 @@ def length_in_model(
         p = float(spearmanr(words, values).pvalue) if known else np.nan
         rows.append((label, *interval, p, len(words)))
     table = pd.DataFrame(rows, columns=["label", "value", "low", "high", "p", "n"])
-    return table.assign(p_holm=holm(table["p"]))
+    return table.assign(p_holm=corrected_p(table["p"]))

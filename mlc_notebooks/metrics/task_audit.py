@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/metrics/task_audit.html.md""
 # %% auto #0
 __all__ = ['list_effects', 'Audit', 'audit']
 
-# %% ../../nbs/metrics/15g_task_audit.ipynb #af7ecb56
+# %% ../../nbs/metrics/15g_task_audit.ipynb #537b062f
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -35,7 +35,7 @@ from mlc_notebooks.metrics.model_audit import (
     position_effects,
     swap_changes,
 )
-from .significance import holm
+from .significance import corrected_p
 from mlc_notebooks.metrics.terms import (
     TERM_GROUPS,
     TermGroups,
@@ -46,7 +46,7 @@ from mlc_notebooks.metrics.terms import (
 from ..models.language_model import LanguageModel
 from ..probing.steps import probe_steps
 
-# %% ../../nbs/metrics/15g_task_audit.ipynb #c9ce3600
+# %% ../../nbs/metrics/15g_task_audit.ipynb #2eeb13fb
 _WHAT = {  # frame: what one of its rows is about
     "shifts": "{label}: share in {split} less that in train",
     "pairs": "{label} with {other} (phi)",
@@ -81,9 +81,9 @@ def list_effects(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     if not tables:
         return pd.DataFrame(columns=["part", "what", "value", "low", "high", "n", "p", "p_holm"])
     listed = pd.concat(tables, ignore_index=True)
-    return listed.assign(p_holm=holm(listed["p"].astype(float)))
+    return listed.assign(p_holm=corrected_p(listed["p"].astype(float)))
 
-# %% ../../nbs/metrics/15g_task_audit.ipynb #d2b06b52
+# %% ../../nbs/metrics/15g_task_audit.ipynb #9e28e062
 def _ends(frame: pd.DataFrame, name: str, value: str = "value") -> str:
     "The rows with the highest and the lowest value, in words."
     known = frame.dropna(subset=[value])
@@ -126,7 +126,7 @@ _SAY = {
     "tokens": lambda frame: f"most and fewest: {_ends(frame, 'outcome', 'tokens')}",
 }
 
-# %% ../../nbs/metrics/15g_task_audit.ipynb #8e7214bd
+# %% ../../nbs/metrics/15g_task_audit.ipynb #2f38a2d6
 def _stands_out(part: pd.DataFrame) -> str:
     "The effect of a part with the smallest p, the largest of equals, in words; part: effects."
     known = part.dropna(subset=["p"])
@@ -144,7 +144,7 @@ def _summary_row(frame: pd.DataFrame, part: str, effects: pd.DataFrame, level: f
     beyond = int((own["p_holm"] < level).sum())
     return int(own["p"].notna().sum()), beyond, _stands_out(own)
 
-# %% ../../nbs/metrics/15g_task_audit.ipynb #935a132f
+# %% ../../nbs/metrics/15g_task_audit.ipynb #58dfef77
 _BOX = """<p>{{ head }}</p>{{ table }}<p>{{ foot }}</p>"""
 
 
@@ -167,7 +167,7 @@ def _lines(summary: pd.DataFrame) -> list[str]:
         lines.append(f"{part:16}{counted:>10}  {said}")
     return lines
 
-# %% ../../nbs/metrics/15g_task_audit.ipynb #3a61cd9c
+# %% ../../nbs/metrics/15g_task_audit.ipynb #c9c5330c
 @dataclass(frozen=True, eq=False, repr=False)
 class Audit:
     "What an audit found; it prints as its summary."
@@ -204,7 +204,7 @@ class Audit:
         table = html_table(self.summary())
         return html_part(_BOX, head=_head(self), table=table, foot=" ".join(self.notes))
 
-# %% ../../nbs/metrics/15g_task_audit.ipynb #0daffea8
+# %% ../../nbs/metrics/15g_task_audit.ipynb #dad12c61
 def _label_frames(task: AnnotatedTexts) -> dict[str, pd.DataFrame]:
     "The tables about labels; the task has annotated texts."
     frames = {"priors": label_priors(task)}
@@ -241,7 +241,7 @@ def _copies(task: AnnotatedTexts, threshold: float, near: bool) -> dict[str, pd.
     twins = text_twins(task, threshold, near)
     return {"twins": twins, "leaks": leakage(task, twins)}
 
-# %% ../../nbs/metrics/15g_task_audit.ipynb #a16ab75b
+# %% ../../nbs/metrics/15g_task_audit.ipynb #b6d6d0b9
 def _model_frames(
     lm: LanguageModel, task: AnnotatedTexts, groups: TermGroups, pairs: int, **asking
 ) -> dict[str, pd.DataFrame]:
@@ -256,7 +256,7 @@ def _model_frames(
         "swaps": swap_changes(lm, task, trace, groups, **asking),
     }
 
-
+# %% ../../nbs/metrics/15g_task_audit.ipynb #12ec1d01
 def audit(
     task: AnnotatedTexts,
     lm: LanguageModel | None = None,  # None: look at the data only

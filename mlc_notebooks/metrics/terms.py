@@ -8,7 +8,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/metrics/terms.html.md"""
 __all__ = ['TERM_GROUPS', 'TermGroups', 'check_groups', 'holds_term', 'term_label_shares', 'longer_with', 'words_of',
            'length_by_label', 'term_map', 'swap_terms', 'swapped_texts']
 
-# %% ../../nbs/metrics/15e_terms.ipynb #dc18e600
+# %% ../../nbs/metrics/15e_terms.ipynb #31dc3c43
 from collections.abc import Mapping, Sequence
 from itertools import permutations
 
@@ -18,9 +18,9 @@ import pandas as pd
 from ..data.inputs import check_listed
 from ..data.texts import AnnotatedTexts, annotated
 from .label_audit import whole_word
-from .significance import holm, share_difference
+from .significance import corrected_p, share_difference
 
-# %% ../../nbs/metrics/15e_terms.ipynb #b4f0470c
+# %% ../../nbs/metrics/15e_terms.ipynb #c18ed948
 TERM_GROUPS = {
     "gender": {
         "male": "man men boy boys he him his himself father dad son brother husband uncle",
@@ -42,7 +42,7 @@ TERM_GROUPS = {
 }
 TermGroups = Mapping[str, Mapping[str, str | Sequence[str]]]  # group -> side -> terms in order
 
-# %% ../../nbs/metrics/15e_terms.ipynb #1a5f2448
+# %% ../../nbs/metrics/15e_terms.ipynb #e1d46af1
 def _terms(terms: str | Sequence[str]) -> tuple[str, ...]:
     "The terms of a side, which may be one string with spaces between them."
     listed = terms.split() if isinstance(terms, str) else check_listed("terms", terms)
@@ -65,7 +65,7 @@ def check_groups(groups: TermGroups) -> dict[str, dict[str, tuple[str, ...]]]:
             )
     return checked
 
-# %% ../../nbs/metrics/15e_terms.ipynb #fba2c8d3
+# %% ../../nbs/metrics/15e_terms.ipynb #dc5f223c
 def holds_term(texts: Sequence[str], terms: Sequence[str]) -> np.ndarray:
     "Whether each text holds one of the terms as a whole word (n,)."
     pattern = whole_word(*terms)
@@ -89,7 +89,7 @@ def _side_rows(held: np.ndarray, sets: pd.DataFrame) -> list[tuple]:
         rows.append((label, inside, share, elsewhere, *difference, len(held)))
     return rows
 
-
+# %% ../../nbs/metrics/15e_terms.ipynb #c0553146
 def term_label_shares(task: AnnotatedTexts, groups: TermGroups = TERM_GROUPS) -> pd.DataFrame:
     """How much more often texts with a side's terms have a label than texts without them.
 
@@ -107,9 +107,9 @@ def term_label_shares(task: AnnotatedTexts, groups: TermGroups = TERM_GROUPS) ->
                 rows += [(group, side, *row) for row in _side_rows(held, sets)]
     columns = [*_TERM_COLUMNS, "value", "low", "high", "p", "n"]
     table = pd.DataFrame(rows, columns=columns)
-    return table.assign(p_holm=holm(table["p"].astype(float)))
+    return table.assign(p_holm=corrected_p(table["p"].astype(float)))
 
-# %% ../../nbs/metrics/15e_terms.ipynb #76274dea
+# %% ../../nbs/metrics/15e_terms.ipynb #adf504bf
 def longer_with(length: np.ndarray, has: np.ndarray) -> tuple[float, float, float, float]:
     """How likely a text with the label is longer than one without: (value, low, high, p).
 
@@ -146,7 +146,7 @@ def _share_below(values: np.ndarray, others: np.ndarray) -> np.ndarray:
     at_most = np.searchsorted(ordered, values, "right")
     return (below + at_most) / 2 / len(others)
 
-# %% ../../nbs/metrics/15e_terms.ipynb #5a62af11
+# %% ../../nbs/metrics/15e_terms.ipynb #612aebb7
 def words_of(texts: Sequence[str]) -> np.ndarray:
     "How many words each text has (n,), as split by spaces."
     return np.array([len(text.split()) for text in texts])
@@ -173,9 +173,9 @@ def length_by_label(task: AnnotatedTexts) -> pd.DataFrame:
         rows.append((label, *medians, value, low, high, len(words), p))
     columns = ["label", "median_with", "median_without", "value", "low", "high", "n", "p"]
     table = pd.DataFrame(rows, columns=columns)
-    return table.assign(p_holm=holm(table["p"].astype(float)))
+    return table.assign(p_holm=corrected_p(table["p"].astype(float)))
 
-# %% ../../nbs/metrics/15e_terms.ipynb #266c4518
+# %% ../../nbs/metrics/15e_terms.ipynb #90c8d083
 def term_map(old: Sequence[str], new: Sequence[str]) -> dict[str, str | None]:
     "What each term of one side becomes, in small letters; None where it has several counterparts."
     found = {}
@@ -209,7 +209,7 @@ def _swapped(word: str, swaps: Mapping[str, str]) -> str:
     "What takes the place of a word of a text."
     return _in_case_of(swaps[word.casefold()], word)
 
-# %% ../../nbs/metrics/15e_terms.ipynb #24fa5467
+# %% ../../nbs/metrics/15e_terms.ipynb #68198a4a
 def swapped_texts(task: AnnotatedTexts, groups: TermGroups = TERM_GROUPS) -> pd.DataFrame:
     """The texts with the terms of one side replaced by those of another, for each pair of sides.
 

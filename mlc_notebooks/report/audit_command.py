@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/report/audit_command.html.md
 # %% auto #0
 __all__ = ['mlc_audit']
 
-# %% ../../nbs/report/09_audit_command.ipynb #253a3ba9
+# %% ../../nbs/report/09_audit_command.ipynb #055190b1
 import argparse
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from mlc_notebooks.report.file_tasks import (
 )
 from .options import Parser, add_asking, add_out, add_texts
 
-# %% ../../nbs/report/09_audit_command.ipynb #ef430cd8
+# %% ../../nbs/report/09_audit_command.ipynb #114afa2e
 _NO_MODEL = "none"
 _EXAMPLES = """examples:
   mlc-audit --file my.csv                                  look at the labels and texts of a table
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     add_out(parser, "runs/audit", "the tables and the figure")
     return parser
 
-# %% ../../nbs/report/09_audit_command.ipynb #12c55d5c
+# %% ../../nbs/report/09_audit_command.ipynb #62bd659c
 _SIZE = 100  # of the texts, where a model is asked and --n is not given
 
 
@@ -75,7 +75,7 @@ def _audited(args: argparse.Namespace):
     check_no_file_options(args)
     return _sampled(load_task(args.task), args)
 
-# %% ../../nbs/report/09_audit_command.ipynb #f9bd80ee
+# %% ../../nbs/report/09_audit_command.ipynb #d7d63f5f
 def _write_audit(out: Path, found) -> None:
     "Write a csv for each part, findings.csv, summary.txt and, if something was tested, audit.png."
     from mlc_notebooks.report.page import png_of

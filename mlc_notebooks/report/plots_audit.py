@@ -7,7 +7,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/report/plots_audit.html.md""
 # %% auto #0
 __all__ = ['shown_effects', 'plot_audit']
 
-# %% ../../nbs/report/04b_plots_audit.ipynb #d4707554
+# %% ../../nbs/report/04b_plots_audit.ipynb #673600e9
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ from ..metrics.task_audit import Audit
 from .drawing import OTHER, WRITTEN, add_caption, interval_lengths
 from .fonts import plain_texts
 
-# %% ../../nbs/report/04b_plots_audit.ipynb #2dc94fca
+# %% ../../nbs/report/04b_plots_audit.ipynb #ad7ea0a0
 def shown_effects(effects: pd.DataFrame, most: int) -> dict[str, pd.DataFrame]:
     "Of each part the `most` effects with the smallest p, in the order of their values."
     check_whole("most", most, least=1)
@@ -45,7 +45,7 @@ def _draw_part(axes: plt.Axes, part: str, rows: pd.DataFrame, level: float) -> N
     axes.set_title(part, loc="left", fontsize=9)
     axes.tick_params(axis="x", labelsize=8)
 
-# %% ../../nbs/report/04b_plots_audit.ipynb #0bc4fae5
+# %% ../../nbs/report/04b_plots_audit.ipynb #110720d0
 def _audit_caption(audit: Audit, effects: pd.DataFrame, shown: int) -> str:
     beyond = int((effects["p_holm"] < audit.level).sum())
     asked = int(effects["p"].notna().sum())
