@@ -10,7 +10,13 @@ from scipy.stats import hypergeom
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import cohen_kappa_score, matthews_corrcoef, roc_auc_score
 
-from mlc_notebooks.data import AnnotatedTexts, LabelSet, load_task, reorder_labels
+from mlc_notebooks.alignment import (
+    average_wordings,
+    compare_by_group,
+    text_groups,
+    weight_annotators,
+)
+from mlc_notebooks.data import AnnotatedTexts, LabelSet, load_task, rename_labels, reorder_labels
 from mlc_notebooks.metrics import (
     agreement_by_label,
     annotator_agreement,
@@ -43,6 +49,7 @@ from mlc_notebooks.metrics import (
 )
 from mlc_notebooks.models import load_lm
 from mlc_notebooks.probing import probe_steps
+from mlc_notebooks.report import mlc_audit, plot_audit
 
 LABELS = LabelSet(["late", "broken", "rude"])
 WORDS = "order parcel box door shop paper desk lamp chair phone clock glass".split()
@@ -407,3 +414,66 @@ def test_the_whole_audit_with_a_model(lm, few):
     assert all(part in text for part in found.summary().index)
     assert not any(text_of in text for text_of in few.texts)
     assert "<table" in found._repr_html_()
+
+
+# ---- what is done about it, shown and asked from the command line
+
+
+def test_weighted_answers_are_a_plain_mean():
+    task = make_task(20, people=3)
+    train = make_task(10, seed=4, people=2)
+    weights = {"anna": 2, "bert": 0.5, "carl": 0}
+    weighted = weight_annotators(with_splits(train, task), weights)
+    for votes, shares in zip(task.annotations, weighted.distribution().to_numpy()):
+        assert shares == pytest.approx((2 * votes[0] + 0.5 * votes[1]) / 2.5)
+    assert weighted.pool.distribution().shape == (10, 3)
+    equal = weight_annotators(task, dict.fromkeys(PEOPLE, 1)).distribution()
+    pd.testing.assert_frame_equal(equal, task.distribution())
+    nobody = weight_annotators(task, {"anna": 0, "bert": 0, "carl": 0})
+    assert nobody.distribution().isna().all(axis=None)
+    with pytest.raises(ValueError, match="the weight of 'bert' is -1"):
+        weight_annotators(task, {"anna": 1, "bert": -1, "carl": 1})
+
+
+def test_groups_of_texts_and_their_differences():
+    task = make_task(40, people=3)
+    groups = text_groups(task)
+    assert sorted(groups["agreed"] + groups["divided"]) == sorted(task.ids)
+    assert sorted(groups["short"] + groups.get("long", [])) == sorted(task.ids)
+    q = task.distribution()
+    tables = {"as it is": q * 0 + 0.5, "told": q.clip(0.01, 0.99)}
+    table = compare_by_group(tables, task, {"some": groups["agreed"]})
+    row = table.set_index("metric").loc["L1"]
+    slow = ((tables["told"] - q).abs() - (0.5 - q).abs()).sum(axis=1)[groups["agreed"]]
+    assert row["difference"] == pytest.approx(slow.mean()) and row["high"] < 0
+
+
+def test_renamed_labels_keep_their_columns(lm, few):
+    names = ["rage", "dread", "happiness", "grief", "astonishment"]
+    found = average_wordings(lm, few, [names], shots=0)
+    own = read_marginals(probe_steps(lm, few, 0, progress=False))
+    other = read_marginals(probe_steps(lm, rename_labels(few, names), 0, progress=False))
+    assert found.to_numpy() == pytest.approx((own.to_numpy() + other.to_numpy()) / 2, abs=3e-4)
+    assert list(found.columns) == list(few.labels)
+
+
+def test_the_figure_takes_names_as_they_are():
+    labels = LabelSet(["$x^2$", r"$\foo$", "a_b"])
+    task = replace(make_task(60), labels=labels, name=r"$\frac{$")
+    figure = plot_audit(audit(task, near=False))
+    figure.canvas.draw()
+    texts = [label.get_text() for axes in figure.axes for label in axes.get_yticklabels()]
+    assert any(r"$\foo$" in text for text in texts)
+
+
+def test_the_command(tmp_path, capsys):
+    frame = pd.DataFrame({"text": make_task(40).texts, "labels": ["late", "rude"] * 20})
+    frame.to_csv(tmp_path / "mine.csv", index=False)
+    out = tmp_path / "out"
+    assert mlc_audit([f"--file={tmp_path}/mine.csv", f"--out={out}"]) == 0
+    assert "Audit of mine" in capsys.readouterr().out
+    assert "Audit of mine" in (out / "summary.txt").read_text()
+    assert {"pairs.csv", "findings.csv", "audit.png"} <= {path.name for path in out.iterdir()}
+    for argv in ([], ["--file=a.csv", "--task=goemotions"]):
+        assert mlc_audit(argv) == 2
+        assert "one of the two" in capsys.readouterr().err
