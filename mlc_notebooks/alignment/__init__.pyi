@@ -42,6 +42,7 @@ from . import finished_blocks as finished_blocks
 from . import block_workers as block_workers
 from . import corpus as corpus
 from . import cost as cost
+from . import mitigation as mitigation
 from .calibration import Platt as Platt
 from .calibration import content_free_prior as content_free_prior
 from .calibration import divide_prior as divide_prior
@@ -261,3 +262,8 @@ from .cost import CorpusCost as CorpusCost
 from .cost import TokenCount as TokenCount
 from .cost import corpus_cost as corpus_cost
 from .cost import cost_table as cost_table
+from .mitigation import average_wordings as average_wordings
+from .mitigation import compare_by_group as compare_by_group
+from .mitigation import mitigated_marginals as mitigated_marginals
+from .mitigation import text_groups as text_groups
+from .mitigation import weight_annotators as weight_annotators

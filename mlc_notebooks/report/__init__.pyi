@@ -4,7 +4,7 @@ from . import plots_steps as plots_steps
 from . import plots_order as plots_order
 from . import plots_internals as plots_internals
 from . import plots_alignment as plots_alignment
-from . import plots_parts as plots_parts
+from . import plots_audit as plots_audit
 from . import summary as summary
 from . import per_text as per_text
 from . import chart as chart
@@ -16,6 +16,7 @@ from . import command_runs as command_runs
 from . import corpus_runs as corpus_runs
 from . import cli as cli
 from . import classify as classify
+from . import audit_command as audit_command
 from .drawing import FEW as FEW
 from .drawing import OTHER as OTHER
 from .drawing import WRITTEN as WRITTEN
@@ -54,8 +55,8 @@ from .plots_internals import plot_probes_by_layer as plot_probes_by_layer
 from .plots_alignment import MORE_IS_BETTER as MORE_IS_BETTER
 from .plots_alignment import best_method as best_method
 from .plots_alignment import plot_alignment as plot_alignment
-from .plots_parts import plot_gap as plot_gap
-from .plots_parts import plot_writer as plot_writer
+from .plots_audit import plot_audit as plot_audit
+from .plots_audit import shown_effects as shown_effects
 from .summary import plot_summary as plot_summary
 from .summary import run_summary as run_summary
 from .summary import summary_sentence as summary_sentence
@@ -116,3 +117,4 @@ from .cli import mlc_align as mlc_align
 from .cli import mlc_fetch as mlc_fetch
 from .cli import mlc_probe as mlc_probe
 from .classify import mlc_classify as mlc_classify
+from .audit_command import mlc_audit as mlc_audit
