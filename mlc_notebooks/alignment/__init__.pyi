@@ -10,6 +10,7 @@ from . import pairs as pairs
 from . import tree_search as tree_search
 from . import output_tree as output_tree
 from . import averaging as averaging
+from . import recorded_trees as recorded_trees
 from . import methods as methods
 from . import candidates as candidates
 from . import candidate_reading as candidate_reading
@@ -103,12 +104,19 @@ from .output_tree import inclusion_marginals as inclusion_marginals
 from .output_tree import marginals as marginals
 from .output_tree import marginals_calibrated as marginals_calibrated
 from .output_tree import marginals_sampled as marginals_sampled
+from .output_tree import over_texts as over_texts
 from .output_tree import sampled_marginals as sampled_marginals
 from .output_tree import usual_forms as usual_forms
 from .averaging import average_prompts as average_prompts
 from .averaging import draw_prompt as draw_prompt
 from .averaging import max_over_generations_averaged as max_over_generations_averaged
 from .averaging import mean_marginals as mean_marginals
+from .recorded_trees import RecordedTrees as RecordedTrees
+from .recorded_trees import expected_length as expected_length
+from .recorded_trees import record_trees as record_trees
+from .recorded_trees import tree_marginals as tree_marginals
+from .recorded_trees import trees_frame as trees_frame
+from .recorded_trees import trees_from_frame as trees_from_frame
 from .methods import METHODS as METHODS
 from .methods import methods_for as methods_for
 from .methods import zero_shot as zero_shot
