@@ -119,6 +119,7 @@ from .averaging import average_prompts as average_prompts
 from .averaging import draw_prompt as draw_prompt
 from .averaging import max_over_generations_averaged as max_over_generations_averaged
 from .averaging import mean_marginals as mean_marginals
+from .averaging import several_prompts as several_prompts
 from .token_count import count_tokens as count_tokens
 from .recorded_trees import RecordedTrees as RecordedTrees
 from .recorded_trees import expected_length as expected_length

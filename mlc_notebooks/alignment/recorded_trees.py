@@ -1,4 +1,4 @@
-"""What was read of the output trees, kept, so that marginals can be computed again without the model
+"""Output trees as they were read, kept, so that marginals can be computed again without the model
 
 Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/recorded_trees.html.md"""
 
@@ -228,7 +228,7 @@ def trees_frame(trees: RecordedTrees) -> pd.DataFrame:
         }
     )
 
-
+# %% ../../nbs/alignment/08b_recorded_trees.ipynb #72b60fb2
 def _record_of(rows: pd.DataFrame, labels: Sequence[str]) -> dict:
     "One text's rows as arrays, as `_as_arrays` has them."
     shape = (-1, len(labels) + 1)

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit, logit
 
-from .averaging import ask_prompts, mean_marginals
+from .averaging import ask_prompts, mean_marginals, several_prompts
 from .calibration import log_odds
 from .registry import zero_shot_method
 from ..data.checks import check_choice, check_number
@@ -103,24 +103,6 @@ def take_back(
     return expit(odds - alpha * excess)
 
 # %% ../../nbs/alignment/08d_shrunken.ipynb #109ec630
-def _alike(tables: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
-    "The tables, rows and columns as in the first; raises `ValueError` for what does not fit."
-    if isinstance(tables, pd.DataFrame) or len(tables) < 2:
-        count = 1 if isinstance(tables, pd.DataFrame) else len(tables)
-        raise ValueError(
-            f"alpha is chosen between prompts, and there are {count}: give a list of tables, one "
-            "per prompt (ask_prompts asks several), or give alpha"
-        )
-    first = tables[0]
-    alike = []
-    for position, table in enumerate(tables):
-        table = check_marginals(table, list(first.columns), f"table {position}")
-        if set(table.index) != set(first.index):
-            raise ValueError(f"table {position} has other items than the first: give the same ones")
-        alike.append(table.loc[first.index])
-    return alike
-
-
 def foretelling_loss(tables: Sequence[pd.DataFrame], others: Sequence[pd.DataFrame]) -> float:
     """How badly each table foretells lists that hold labels as `others` say, but for its own.
 
@@ -156,7 +138,7 @@ def alpha_losses(
     eps: float = 1e-6,
 ) -> pd.Series:
     "The loss at each alpha of foretelling the other prompts' lists; raises as `take_back` does."
-    tables = _alike(tables)
+    tables = several_prompts(tables, instead="alpha")
     priors = _one_per_prompt(prior, len(tables))
     losses = {}
     for alpha in grid:
@@ -164,7 +146,7 @@ def alpha_losses(
         losses[alpha] = foretelling_loss(taken, tables)
     return pd.Series(losses, name="loss").rename_axis("alpha")
 
-
+# %% ../../nbs/alignment/08d_shrunken.ipynb #9651cbd9
 def shrink(
     tables: Sequence[pd.DataFrame],  # (n, L) one per prompt
     alpha: float | None = None,  # None: where the prompts foretell each other best

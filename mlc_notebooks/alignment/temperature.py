@@ -16,12 +16,11 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
-from .averaging import ask_prompts, mean_marginals
+from .averaging import ask_prompts, mean_marginals, several_prompts
 from .calibration import log_odds
 from .registry import zero_shot_method
 from ..data.checks import check_number
 from ..data.texts import AnnotatedTexts
-from ..metrics.inputs import check_table
 from ..models.language_model import LanguageModel
 
 # %% ../../nbs/alignment/08ea_temperature.ipynb #4e8384d5
@@ -30,19 +29,8 @@ _STEEPEST = 20.0
 
 def _pairs(tables: Sequence[pd.DataFrame], eps: float) -> tuple[np.ndarray, np.ndarray]:
     "Log-odds of each table, and the marginals of another, over all ordered pairs; both flat."
-    if isinstance(tables, pd.DataFrame) or len(tables) < 2:
-        count = 1 if isinstance(tables, pd.DataFrame) else len(tables)
-        raise ValueError(
-            f"a prompt is compared with others, and there are {count}: give a list of tables, one "
-            "per prompt (ask_prompts asks several), or give slope"
-        )
-    first = tables[0]
-    odds = []
-    for position, table in enumerate(tables):
-        table = check_table(f"table {position}", table, list(first.columns))
-        if set(table.index) != set(first.index):
-            raise ValueError(f"table {position} has other items than the first: give the same ones")
-        odds.append(log_odds(table.loc[first.index], eps).to_numpy().ravel())
+    alike = several_prompts(tables, instead="slope")
+    odds = [log_odds(table, eps).to_numpy().ravel() for table in alike]
     pairs = list(permutations(odds, 2))
     inputs = np.concatenate([one for one, _ in pairs])
     targets = expit(np.concatenate([other for _, other in pairs]))
