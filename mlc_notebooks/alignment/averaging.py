@@ -21,6 +21,10 @@ from ..engine.runs import run_folder
 from ..metrics.inputs import check_table
 from ..models.language_model import LanguageModel
 
+# %% ../../nbs/alignment/08_averaging.ipynb #f4417fba
+# They enter the methods that are averaged.
+from . import output_tree, trace_methods  # noqa: F401
+
 # %% ../../nbs/alignment/08_averaging.ipynb #fcbbfc19
 def draw_prompt(task: AnnotatedTexts, seed: int) -> AnnotatedTexts:
     "The task with its labels in a random order; seed 0 leaves them as they are."

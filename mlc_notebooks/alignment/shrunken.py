@@ -180,7 +180,7 @@ def marginals_shrunken(
     progress: bool = True,
     folder: str | Path | None = None,
 ) -> pd.DataFrame:
-    "Marginals of 3 prompts, what is a prompt's own in labels' means taken back; averaged."
+    "Marginals of 3 prompts, each prompt's own favourite labels taken back; averaged."
     seeds = range(seed, seed + 3)
     kept = {"progress": progress, "folder": folder}
     tables = ask_prompts(lm, task, "marginals", seeds, shots, **kept)
