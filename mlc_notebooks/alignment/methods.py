@@ -26,6 +26,11 @@ from . import questions  # noqa: F401
 from . import pairs  # noqa: F401
 from . import output_tree  # noqa: F401
 from . import averaging  # noqa: F401
+from . import stop_calibration  # noqa: F401
+from . import shrunken  # noqa: F401
+from . import path_and_tree  # noqa: F401
+from . import temperature  # noqa: F401
+from . import cyclic  # noqa: F401
 # isort: on
 
 # %% ../../nbs/alignment/09_methods.ipynb #907eeb54
@@ -48,5 +53,6 @@ def zero_shot(
     Raises `ValueError` for an unknown method, or one that the task does not fit, before the model
     is run. With a folder each method keeps its batches in a folder of its own in it.
     """
-    names = check_methods(methods_for(task) if methods is None else methods, task)
+    wanted = methods_for(task, shots) if methods is None else methods
+    names = check_methods(wanted, task, shots)
     return run_methods(lm, task, names, shots, seed, trace, progress, folder, **probing)

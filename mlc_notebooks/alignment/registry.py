@@ -35,22 +35,25 @@ class Method:
         ..., pd.DataFrame
     ]  # of a trace; or of lm, task, shots, seed, progress, folder
     about: str  # one line
+    least_shots: int = 0  # examples that must be shown
+    least_texts: int = 1  # texts that it compares
 
 
 METHODS: dict[str, Method] = {}
 
 
-def zero_shot_method(needs: str) -> Callable:
+def zero_shot_method(needs: str, least_shots: int = 0, least_texts: int = 1) -> Callable:
     """A decorator that enters a function in `METHODS` under its own name.
 
-    Raises `ValueError` unless `needs` is "trace" or "model".
+    A method that compares texts says of how many at least, one that compares examples, how many
+    must be shown. Raises `ValueError` unless `needs` is "trace" or "model".
     """
     check_choice("needs", needs, ("trace", "model"))
 
     def enter(function: Callable) -> Callable:
         name = function.__name__
         about = (function.__doc__ or "").strip().split("\n")[0]
-        METHODS[name] = Method(name, needs, function, about)
+        METHODS[name] = Method(name, needs, function, about, least_shots, least_texts)
         return function
 
     return enter
@@ -73,11 +76,26 @@ SINGLE_LABEL_METHODS = (
 )
 
 
-def methods_for(task: AnnotatedTexts) -> list[str]:
-    "The names in `METHODS` that fit the task."
-    if task.labels.is_multi:
-        return list(METHODS)
-    return [name for name in METHODS if name in SINGLE_LABEL_METHODS]
+def _lacks(method: Method, task: AnnotatedTexts, shots: int | None) -> str:
+    "What a method needs and the task or the prompt does not give; empty where all is there."
+    if not task.labels.is_multi and method.name not in SINGLE_LABEL_METHODS:
+        return f"{method.name!r} is for tasks with several labels; {task.name} has no `none`"
+    if len(task) < method.least_texts:
+        return (
+            f"{method.name!r} compares texts: give at least {method.least_texts}, "
+            f"{task.name} has {len(task)}"
+        )
+    if shots is not None and shots < method.least_shots:
+        return (
+            f"{method.name!r} compares prompts with different examples, and shots is {shots}: "
+            f"give at least {method.least_shots}"
+        )
+    return ""
+
+
+def methods_for(task: AnnotatedTexts, shots: int | None = None) -> list[str]:
+    "The names in `METHODS` that fit the task, and with `shots` also that many examples shown."
+    return [name for name, method in METHODS.items() if not _lacks(method, task, shots)]
 
 # %% ../../nbs/alignment/02_registry.ipynb #e6a752b9
 def _new_name(name: str) -> str:
@@ -100,12 +118,13 @@ def _unknown(name: str) -> str:
     return f"unknown method {name!r}{hint}: choose from {list(METHODS)}"
 
 
-def _check_fits(name: str, task: AnnotatedTexts):
-    "Raise `ValueError` for a method that is unknown or does not fit the task."
+def _check_fits(name: str, task: AnnotatedTexts, shots: int | None):
+    "Raise `ValueError` for a method that is unknown or does not fit the task or the shots."
     if not isinstance(name, str) or name not in METHODS:
         raise ValueError(_unknown(name))
-    if name not in methods_for(task):
-        raise ValueError(f"{name!r} is for tasks with several labels; {task.name} has no `none`")
+    lacking = _lacks(METHODS[name], task, shots)
+    if lacking:
+        raise ValueError(lacking)
 
 # %% ../../nbs/alignment/02_registry.ipynb #b8a9a5e6
 def _check_names(names: Sequence[str]):
@@ -114,17 +133,21 @@ def _check_names(names: Sequence[str]):
         raise ValueError(f"methods is {names!r}: give a list of at least one name")
 
 
-def check_methods(names: Sequence[str], task: AnnotatedTexts) -> list[str]:
+def check_methods(
+    names: Sequence[str],
+    task: AnnotatedTexts,
+    shots: int | None = None,  # examples that will be shown; None: not known yet
+) -> list[str]:
     """The names, old ones replaced.
 
     Raises `ValueError` for no list or an empty one, and for a name that is unknown, is there twice
-    or does not fit the task.
+    or does not fit the task or the number of examples.
     """
     _check_names(names)
     checked = []
     for name in names:
         name = _new_name(name)
-        _check_fits(name, task)
+        _check_fits(name, task, shots)
         if name in checked:
             raise ValueError(f"methods holds {name!r} twice: give each method once")
         checked.append(name)

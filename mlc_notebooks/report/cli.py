@@ -210,15 +210,15 @@ def _align_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _method_names(asked: list[str], task) -> list[str]:
+def _method_names(asked: list[str], task, shots: int) -> list[str]:
     "Names of methods for 'all', 'traces', or names that are checked."
     from mlc_notebooks.alignment.methods import METHODS, check_methods, methods_for
 
     if asked == ["all"]:
-        return methods_for(task)
+        return methods_for(task, shots)
     if asked == ["traces"]:
-        return [name for name in methods_for(task) if METHODS[name].needs == "trace"]
-    return check_methods(asked, task)
+        return [name for name in methods_for(task, shots) if METHODS[name].needs == "trace"]
+    return check_methods(asked, task, shots)
 
 # %% ../../nbs/report/07_cli.ipynb #9aaeaf28
 def _annotated_task(args: argparse.Namespace):
@@ -253,7 +253,7 @@ def _save_alignment(out: Path, marginals: dict, report) -> None:
 def _align_and_save(args: argparse.Namespace) -> None:
     "Ask, compare with annotators, save and print the table, as the command line says."
     task = _annotated_task(args)
-    names = _method_names(args.methods, task)
+    names = _method_names(args.methods, task, args.shots)
     check_out(args.out)
 
     from mlc_notebooks.alignment.methods import zero_shot

@@ -58,7 +58,17 @@ def check_marginals(local, lm, texts):
 
 
 # They look at the same tree as `check_marginals`, many more times.
-OVER_THE_TREE = ("marginals", "marginals_calibrated", "marginals_sampled", "depth_first")
+OVER_THE_TREE = (
+    "marginals",
+    "marginals_calibrated",
+    "marginals_sampled",
+    "depth_first",
+    "marginals_stop_calibrated",
+    "marginals_shrunken",
+    "written_or_tree",
+    "marginals_tempered",
+    "marginals_order_averaged",
+)
 
 
 def methods_on_few_texts():
