@@ -123,7 +123,6 @@ from .recorded_trees import trees_from_frame as trees_from_frame
 from .yes_no import ANSWERS as ANSWERS
 from .yes_no import TEMPLATES as TEMPLATES
 from .yes_no import ask_yes_no as ask_yes_no
-from .yes_no import yes_no as yes_no
 from .yes_no import yes_no_label_first as yes_no_label_first
 from .yes_no import yes_no_marginals as yes_no_marginals
 from .yes_no import yes_no_prompts as yes_no_prompts
@@ -131,9 +130,9 @@ from .yes_no import yes_no_text_first as yes_no_text_first
 from .verbalised import PERCENTAGE_FLAGS as PERCENTAGE_FLAGS
 from .verbalised import PERCENTAGE_TEMPLATE as PERCENTAGE_TEMPLATE
 from .verbalised import Verbalised as Verbalised
+from .verbalised import ask_percentages as ask_percentages
 from .verbalised import percentage_prompts as percentage_prompts
 from .verbalised import read_percentages as read_percentages
-from .verbalised import verbalised as verbalised
 from .verbalised import with_fallback as with_fallback
 from .methods import METHODS as METHODS
 from .methods import methods_for as methods_for

@@ -6,9 +6,9 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/verbalised.html.md
 
 # %% auto #0
 __all__ = ['PERCENTAGE_FLAGS', 'PERCENTAGE_TEMPLATE', 'Verbalised', 'read_percentages', 'with_fallback', 'percentage_prompts',
-           'verbalised']
+           'ask_percentages']
 
-# %% ../../nbs/alignment/08g_verbalised.ipynb #8dd44425
+# %% ../../nbs/alignment/08g_verbalised.ipynb #45014cd7
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,7 +42,7 @@ from ..models.tokens import AnswerTokens
 from ..probing.asking import check_vocabulary
 from ..probing.decoding import text_decoder
 
-# %% ../../nbs/alignment/08g_verbalised.ipynb #98ab835a
+# %% ../../nbs/alignment/08g_verbalised.ipynb #1b1ec385
 PERCENTAGE_FLAGS = {
     "invalid": "no JSON object begins, or it is broken",
     "truncated": "the text ends before the object does",
@@ -90,7 +90,7 @@ def _percentages(text: str, labels: LabelSet) -> np.ndarray | str:
         return "missing"
     return np.array([found[name] for name in labels], float)
 
-# %% ../../nbs/alignment/08g_verbalised.ipynb #fb7a839b
+# %% ../../nbs/alignment/08g_verbalised.ipynb #f3cf0527
 @dataclass(frozen=True)
 class Verbalised:
     "What models wrote about n texts, and the probabilities in it."
@@ -135,7 +135,7 @@ def read_percentages(outputs: pd.Series | Mapping[str, str], labels: LabelSet) -
         table = table.div(sums.replace(0, np.nan), axis=0)
     return Verbalised(table, flags, outputs)
 
-# %% ../../nbs/alignment/08g_verbalised.ipynb #4ed2726c
+# %% ../../nbs/alignment/08g_verbalised.ipynb #596c4e1c
 def with_fallback(found: Verbalised, fallback: pd.DataFrame) -> pd.DataFrame:
     """The marginals (n, L), rows that are not valid taken from another table.
 
@@ -154,7 +154,7 @@ def with_fallback(found: Verbalised, fallback: pd.DataFrame) -> pd.DataFrame:
     table.attrs["replaced"] = len(holes)
     return table
 
-# %% ../../nbs/alignment/08g_verbalised.ipynb #d1a70914
+# %% ../../nbs/alignment/08g_verbalised.ipynb #68c3f08c
 PERCENTAGE_TEMPLATE = Template(
     "For each of the following inputs, say how likely it is that each of these {label_noun} "
     "applies: {labels}. Answer with one line of JSON that has each of them once, with a whole "
@@ -201,7 +201,7 @@ def percentage_prompts(
     items = [fill(template.item, text=fold_lines(text)) for text in task.texts]
     return [Prompt(instruction, tuple(shown), item, template.before_answer) for item in items]
 
-# %% ../../nbs/alignment/08g_verbalised.ipynb #bccc0ff6
+# %% ../../nbs/alignment/08g_verbalised.ipynb #17fd0140
 _FORMAT = AnswerFormat(  # what the decoder has to know of an object on one line
     "percentages",
     opening='{"',
@@ -216,7 +216,7 @@ _PREAMBLE = 24  # tokens that may stand beside the object
 
 def _is_whole(text: str) -> bool:
     "Whether an object has ended in the text."
-    return "}" in text.partition("{")[2]
+    return "}" in text.partition("{")[2]  # a brace in a label ends it early, and is flagged
 
 
 def _room(lm: LanguageModel, labels: LabelSet) -> int:
@@ -236,7 +236,7 @@ def _encoded(lm: LanguageModel, prompts: Sequence[Prompt], room: int, chat: bool
     check_vocabulary(lm, rows)
     return rows
 
-# %% ../../nbs/alignment/08g_verbalised.ipynb #3a9b2bd9
+# %% ../../nbs/alignment/08g_verbalised.ipynb #0a8dc796
 def _written(tree, rows: TokenRows, labels: LabelSet, positions, chat: bool) -> Iterator[str]:
     "What the model writes after the prompts at these positions, in their order."
     lm = tree.lm
@@ -259,7 +259,7 @@ def _cost(lm: LanguageModel, rows: TokenRows, outputs: Sequence[str]) -> int:
     return len(rows.shared) + sum(map(len, rows.tails)) + written
 
 
-def verbalised(
+def ask_percentages(
     lm: LanguageModel,
     task: AnnotatedTexts,
     shots: int = 0,
