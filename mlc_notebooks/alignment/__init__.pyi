@@ -13,6 +13,7 @@ from . import averaging as averaging
 from . import recorded_trees as recorded_trees
 from . import yes_no as yes_no
 from . import verbalised as verbalised
+from . import perspectives as perspectives
 from . import methods as methods
 from . import candidates as candidates
 from . import candidate_reading as candidate_reading
@@ -59,6 +60,7 @@ from .conformal import check_enough as check_enough
 from .conformal import conformal_limit as conformal_limit
 from .conformal import conformal_sets as conformal_sets
 from .conformal import set_metrics as set_metrics
+from .registry import ANNOTATOR_METHODS as ANNOTATOR_METHODS
 from .registry import LOG_RATIO_METHODS as LOG_RATIO_METHODS
 from .registry import Method as Method
 from .registry import OLD_NAMES as OLD_NAMES
@@ -134,6 +136,11 @@ from .verbalised import ask_percentages as ask_percentages
 from .verbalised import percentage_prompts as percentage_prompts
 from .verbalised import read_percentages as read_percentages
 from .verbalised import with_fallback as with_fallback
+from .perspectives import annotators_in_context as annotators_in_context
+from .perspectives import ask_annotators as ask_annotators
+from .perspectives import example_counts as example_counts
+from .perspectives import mean_over_annotators as mean_over_annotators
+from .perspectives import own_demonstrations as own_demonstrations
 from .methods import METHODS as METHODS
 from .methods import methods_for as methods_for
 from .methods import zero_shot as zero_shot
