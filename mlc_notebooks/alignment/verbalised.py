@@ -8,7 +8,7 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/verbalised.html.md
 __all__ = ['PERCENTAGE_FLAGS', 'PERCENTAGE_TEMPLATE', 'Verbalised', 'read_percentages', 'with_fallback', 'percentage_prompts',
            'ask_percentages']
 
-# %% ../../nbs/alignment/08g_verbalised.ipynb #45014cd7
+# %% ../../nbs/alignment/08g_verbalised.ipynb #1eba49c6
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,7 +42,7 @@ from ..models.tokens import AnswerTokens
 from ..probing.asking import check_vocabulary
 from ..probing.decoding import text_decoder
 
-# %% ../../nbs/alignment/08g_verbalised.ipynb #1b1ec385
+# %% ../../nbs/alignment/08g_verbalised.ipynb #87843933
 PERCENTAGE_FLAGS = {
     "invalid": "no JSON object begins, or it is broken",
     "truncated": "the text ends before the object does",
@@ -90,7 +90,7 @@ def _percentages(text: str, labels: LabelSet) -> np.ndarray | str:
         return "missing"
     return np.array([found[name] for name in labels], float)
 
-# %% ../../nbs/alignment/08g_verbalised.ipynb #f3cf0527
+# %% ../../nbs/alignment/08g_verbalised.ipynb #754fb525
 @dataclass(frozen=True)
 class Verbalised:
     "What models wrote about n texts, and the probabilities in it."
@@ -111,6 +111,22 @@ class Verbalised:
         named = self.flags.replace("", "valid")
         return named.value_counts().rename("answers").rename_axis(None)
 
+# %% ../../nbs/alignment/08g_verbalised.ipynb #fc7cdcef
+_LONGEST_ANSWER = 10_000_000  # characters
+
+
+def _read_row(text: str, labels: LabelSet) -> tuple[np.ndarray, str]:
+    "The probabilities (L,) that an answer gives and an empty flag, or NaN and its flag."
+    nothing = np.full(len(labels), np.nan)
+    found = _percentages(text, labels)
+    if isinstance(found, str):
+        return nothing, found
+    if labels.is_multi:
+        return found / 100, ""
+    if not found.any():
+        return nothing, "no_percentage"
+    return found / found.sum(), ""
+
 
 def read_percentages(outputs: pd.Series | Mapping[str, str], labels: LabelSet) -> Verbalised:
     """The percentages in answers, by item id, as probabilities (n, L); strictly.
@@ -121,21 +137,17 @@ def read_percentages(outputs: pd.Series | Mapping[str, str], labels: LabelSet) -
     outputs = pd.Series(dict(outputs), dtype=object).rename_axis("id")
     if not len(outputs):
         raise ValueError("there are no answers: give at least one")
-    rows = {}
-    flags = {}
+    rows = []
+    flags = []
     for item, text in outputs.items():
-        found = _percentages(check_string(f"the answer about {item!r}", text, 10_000_000), labels)
-        flags[item] = found if isinstance(found, str) else ""
-        rows[item] = np.full(len(labels), np.nan) if flags[item] else found / 100
-    table = pd.DataFrame(list(rows.values()), outputs.index, list(labels))
-    flags = pd.Series(flags, dtype=object).rename_axis("id")
-    if not labels.is_multi:
-        sums = table.sum(axis=1, min_count=1)
-        flags[sums == 0] = "no_percentage"
-        table = table.div(sums.replace(0, np.nan), axis=0)
-    return Verbalised(table, flags, outputs)
+        check_string(f"the answer about {item!r}", text, _LONGEST_ANSWER)
+        row, flag = _read_row(text, labels)
+        rows.append(row)
+        flags.append(flag)
+    table = pd.DataFrame(rows, outputs.index, list(labels))
+    return Verbalised(table, pd.Series(flags, outputs.index, dtype=object), outputs)
 
-# %% ../../nbs/alignment/08g_verbalised.ipynb #596c4e1c
+# %% ../../nbs/alignment/08g_verbalised.ipynb #7df6047c
 def with_fallback(found: Verbalised, fallback: pd.DataFrame) -> pd.DataFrame:
     """The marginals (n, L), rows that are not valid taken from another table.
 
@@ -154,7 +166,7 @@ def with_fallback(found: Verbalised, fallback: pd.DataFrame) -> pd.DataFrame:
     table.attrs["replaced"] = len(holes)
     return table
 
-# %% ../../nbs/alignment/08g_verbalised.ipynb #68c3f08c
+# %% ../../nbs/alignment/08g_verbalised.ipynb #398826db
 PERCENTAGE_TEMPLATE = Template(
     "For each of the following inputs, say how likely it is that each of these {label_noun} "
     "applies: {labels}. Answer with one line of JSON that has each of them once, with a whole "
@@ -177,6 +189,17 @@ def _shares_shown(task: AnnotatedTexts, shots: int, seed: int) -> list[tuple[str
     rows = shares.round().astype(int).to_dict("records")
     return [(text, _object(row)) for (text, _), row in zip(drawn, rows)]
 
+# %% ../../nbs/alignment/08g_verbalised.ipynb #482a833b
+def _percentage_instruction(task: AnnotatedTexts, template: Template) -> str:
+    "The instruction, which names the labels and shows the form of the answer."
+    form = ", ".join(f"{json.dumps(name, ensure_ascii=False)}: ..." for name in task.labels)
+    return fill(
+        template.instruction,
+        labels=name_labels(task.labels.names),
+        label_noun=task.label_noun,
+        form="{" + form + "}",
+    )
+
 
 def percentage_prompts(
     task: AnnotatedTexts,
@@ -188,20 +211,17 @@ def percentage_prompts(
     check_whole("shots", shots, least=0)
     check_whole("seed", seed, least=0)
     check_texts(task.ids, task.texts)
-    form = ", ".join(f"{json.dumps(name, ensure_ascii=False)}: ..." for name in task.labels)
-    instruction = fill(
-        template.instruction,
-        labels=name_labels(task.labels.names),
-        label_noun=task.label_noun,
-        form="{" + form + "}",
-    )
+    instruction = _percentage_instruction(task, template)
     shown = []
     for text, answer in _shares_shown(task, shots, seed):
         shown.append((fill(template.item, text=fold_lines(text)), answer))
-    items = [fill(template.item, text=fold_lines(text)) for text in task.texts]
-    return [Prompt(instruction, tuple(shown), item, template.before_answer) for item in items]
+    prompts = []
+    for text in task.texts:
+        item = fill(template.item, text=fold_lines(text))
+        prompts.append(Prompt(instruction, tuple(shown), item, template.before_answer))
+    return prompts
 
-# %% ../../nbs/alignment/08g_verbalised.ipynb #17fd0140
+# %% ../../nbs/alignment/08g_verbalised.ipynb #e1b2df4d
 _FORMAT = AnswerFormat(  # what the decoder has to know of an object on one line
     "percentages",
     opening='{"',
@@ -236,7 +256,7 @@ def _encoded(lm: LanguageModel, prompts: Sequence[Prompt], room: int, chat: bool
     check_vocabulary(lm, rows)
     return rows
 
-# %% ../../nbs/alignment/08g_verbalised.ipynb #0a8dc796
+# %% ../../nbs/alignment/08g_verbalised.ipynb #62e414a1
 def _written(tree, rows: TokenRows, labels: LabelSet, positions, chat: bool) -> Iterator[str]:
     "What the model writes after the prompts at these positions, in their order."
     lm = tree.lm
@@ -257,6 +277,20 @@ def _cost(lm: LanguageModel, rows: TokenRows, outputs: Sequence[str]) -> int:
     "Tokens of the prompts, what they share once, and of the answers."
     written = sum(len(lm.encode_text(output)) for output in outputs)
     return len(rows.shared) + sum(map(len, rows.tails)) + written
+
+# %% ../../nbs/alignment/08g_verbalised.ipynb #f5b6bad0
+def _answers_to(lm, rows, task: AnnotatedTexts, chat, no_cache, progress, folder) -> list[str]:
+    "What the model writes after all prompts, in batches that a folder may keep."
+    tree = prompt_tree(lm, rows.shared, no_cache)
+
+    def work(positions):
+        tree.rewind()
+        return _written(tree, rows, task.labels, positions, chat)
+
+    settings = run_settings(lm, rows, asked="percentages", no_cache=no_cache) if folder else None
+    size = 64 if folder else len(rows)
+    desc = f"percentages for {task.name}"
+    return in_batches(work, range(len(rows)), size, desc, progress, folder, settings)
 
 
 def ask_percentages(
@@ -280,15 +314,6 @@ def ask_percentages(
     check_folder(folder)
     prompts = percentage_prompts(task, shots, seed, template)
     rows = _encoded(lm, prompts, _room(lm, task.labels), chat)
-    tree = prompt_tree(lm, rows.shared, no_cache)
-
-    def work(positions):
-        tree.rewind()
-        return _written(tree, rows, task.labels, positions, chat)
-
-    settings = run_settings(lm, rows, asked="percentages", no_cache=no_cache) if folder else None
-    size = 64 if folder else len(rows)
-    desc = f"percentages for {task.name}"
-    outputs = in_batches(work, range(len(rows)), size, desc, progress, folder, settings)
+    outputs = _answers_to(lm, rows, task, chat, no_cache, progress, folder)
     read = read_percentages(dict(zip(task.ids, outputs)), task.labels)
     return replace(read, tokens=_cost(lm, rows, outputs))
