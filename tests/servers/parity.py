@@ -58,7 +58,13 @@ def check_marginals(local, lm, texts):
 
 
 # They look at the same tree as `check_marginals`, many more times.
-OVER_THE_TREE = ("marginals", "marginals_calibrated", "marginals_sampled", "depth_first")
+OVER_THE_TREE = (
+    "marginals",
+    "marginals_calibrated",
+    "marginals_sampled",
+    "depth_first",
+    "annotators_in_context",
+)
 
 
 def methods_on_few_texts():
