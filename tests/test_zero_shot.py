@@ -243,6 +243,8 @@ def test_single_label_rows_sum_to_one(tuned_lm):
         "hard",
         "compare_to_none",
         "unary_breakdown",
+        "yes_no_text_first",
+        "yes_no_label_first",
         "binary_breakdown",
         "binary_breakdown_both_orders",
     }
