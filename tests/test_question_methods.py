@@ -163,8 +163,8 @@ def test_demonstrations_show_the_annotators_shares():
 def test_written_answers_are_those_of_the_slow_twin(tuned_lm, task, tmp_path):
     few = task.select([0, 1])
     found = ask_percentages(tuned_lm, few, shots=2, **QUIET)
-    twin = ask_percentages(tuned_lm, few, shots=2, no_cache=True, **QUIET)
-    assert found.outputs.tolist() == twin.outputs.tolist()
+    twin = ask_percentages(tuned_lm, few.select([1]), shots=2, no_cache=True, **QUIET)
+    assert found.outputs.iloc[1] == twin.outputs.iloc[0]
     assert all(found.outputs.str.len() > 0)
     assert (found.marginals.isna().any(axis=1) == (found.flags != "")).all()
     kept = ask_percentages(tuned_lm, few, shots=2, folder=tmp_path, **QUIET)
