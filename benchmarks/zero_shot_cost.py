@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from contenders import TokenCounter
 
-from mlc_notebooks.alignment import METHODS, bradley_terry, zero_shot
+from mlc_notebooks.alignment import METHODS, bradley_terry, methods_for, zero_shot
 from mlc_notebooks.data import load_task
 from mlc_notebooks.models import load_lm
 
@@ -34,7 +34,8 @@ def methods_table(task, lm, shots):
     rows, counter = [], TokenCounter(lm.model)
     trace_cost = counted(counter, lambda: zero_shot(lm, task, ["hard"], shots, progress=False))
     rows.append(("step probing (all methods that read a trace)", *trace_cost))
-    for name, method in METHODS.items():
+    for name in methods_for(task):
+        method = METHODS[name]
         if method.needs == "model":
             ask = functools.partial(zero_shot, lm, task, [name], shots, progress=False)
             rows.append((name, *counted(counter, ask)))

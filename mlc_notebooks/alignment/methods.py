@@ -23,6 +23,7 @@ from ..probing.trace import Trace
 # isort: off
 from . import trace_methods  # noqa: F401
 from . import questions  # noqa: F401
+from . import yes_no  # noqa: F401
 from . import pairs  # noqa: F401
 from . import output_tree  # noqa: F401
 from . import averaging  # noqa: F401
@@ -31,6 +32,7 @@ from . import shrunken  # noqa: F401
 from . import path_and_tree  # noqa: F401
 from . import temperature  # noqa: F401
 from . import cyclic  # noqa: F401
+from . import perspectives  # noqa: F401
 # isort: on
 
 # %% ../../nbs/alignment/09_methods.ipynb #907eeb54

@@ -34,6 +34,7 @@ from .decoding import Decoded as Decoded
 from .decoding import NEAR_TIE as NEAR_TIE
 from .decoding import free_decoder as free_decoder
 from .decoding import guided_decoder as guided_decoder
+from .decoding import text_decoder as text_decoder
 from .saved import END_COLUMNS as END_COLUMNS
 from .saved import STEP_COLUMNS as STEP_COLUMNS
 from .saved import read_trace as read_trace

@@ -5,6 +5,7 @@ from . import plots_order as plots_order
 from . import plots_internals as plots_internals
 from . import plots_alignment as plots_alignment
 from . import plots_audit as plots_audit
+from . import plots_parts as plots_parts
 from . import summary as summary
 from . import per_text as per_text
 from . import chart as chart
@@ -57,6 +58,8 @@ from .plots_alignment import best_method as best_method
 from .plots_alignment import plot_alignment as plot_alignment
 from .plots_audit import plot_audit as plot_audit
 from .plots_audit import shown_effects as shown_effects
+from .plots_parts import plot_gap as plot_gap
+from .plots_parts import plot_writer as plot_writer
 from .summary import plot_summary as plot_summary
 from .summary import run_summary as run_summary
 from .summary import summary_sentence as summary_sentence

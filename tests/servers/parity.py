@@ -68,6 +68,7 @@ OVER_THE_TREE = (
     "written_or_tree",
     "marginals_tempered",
     "marginals_order_averaged",
+    "annotators_in_context",
 )
 
 
