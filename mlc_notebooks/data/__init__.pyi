@@ -8,7 +8,9 @@ from . import damaged as damaged
 from . import markup as markup
 from . import answers as answers
 from . import sampling as sampling
+from . import people as people
 from . import texts as texts
+from . import annotators as annotators
 from . import tables as tables
 from . import encodings as encodings
 from . import spreadsheets as spreadsheets
@@ -24,6 +26,8 @@ from . import sources as sources
 from . import embedded as embedded
 from . import official as official
 from . import boxes as boxes
+from . import domain_sets as domain_sets
+from . import emotion_sets as emotion_sets
 from . import datasets as datasets
 from . import prompts as prompts
 from . import demonstrations as demonstrations
@@ -69,6 +73,7 @@ from .sampling import agreement_of as agreement_of
 from .sampling import draw_from_cells as draw_from_cells
 from .sampling import even_counts as even_counts
 from .sampling import label_cells as label_cells
+from .people import check_annotators as check_annotators
 from .texts import AnnotatedTexts as AnnotatedTexts
 from .texts import annotated as annotated
 from .texts import majority_of_shares as majority_of_shares
@@ -79,8 +84,15 @@ from .texts import training_data as training_data
 from .texts import unannotated as unannotated
 from .texts import without_other_splits as without_other_splits
 from .texts import without_texts as without_texts
+from .annotators import annotator_ids as annotator_ids
+from .annotators import answer_table as answer_table
+from .annotators import answers_of as answers_of
+from .annotators import without_answers as without_answers
 from .tables import join_annotators as join_annotators
+from .tables import split_by_text as split_by_text
+from .tables import split_of as split_of
 from .tables import stack_votes as stack_votes
+from .tables import texts_by_split as texts_by_split
 from .tables import texts_from_frame as texts_from_frame
 from .tables import votes_of_columns as votes_of_columns
 from .encodings import decoded as decoded
@@ -135,6 +147,7 @@ from .sources import read_json as read_json
 from .sources import read_text as read_text
 from .embedded import CONVABUSE_LABELS as CONVABUSE_LABELS
 from .embedded import GOEMOTIONS_GROUPS as GOEMOTIONS_GROUPS
+from .embedded import goemotions_labels as goemotions_labels
 from .embedded import load_brighter as load_brighter
 from .embedded import load_convabuse as load_convabuse
 from .embedded import load_goemotions as load_goemotions
@@ -146,6 +159,16 @@ from .official import load_msp_podcast as load_msp_podcast
 from .official import load_semeval2018 as load_semeval2018
 from .boxes import BOX_OBJECTS as BOX_OBJECTS
 from .boxes import generate_boxes as generate_boxes
+from .domain_sets import UNFAIR_CLAUSES as UNFAIR_CLAUSES
+from .domain_sets import load_caves as load_caves
+from .domain_sets import load_nhs_feedback as load_nhs_feedback
+from .domain_sets import load_nlupp as load_nlupp
+from .domain_sets import load_tos_unfair as load_tos_unfair
+from .emotion_sets import XED_EMOTIONS as XED_EMOTIONS
+from .emotion_sets import load_goemotions_raters as load_goemotions_raters
+from .emotion_sets import load_hs_brexit as load_hs_brexit
+from .emotion_sets import load_kote as load_kote
+from .emotion_sets import load_xed as load_xed
 from .datasets import load_task as load_task
 from .datasets import task_folder as task_folder
 from .prompts import BINARY_TEMPLATE as BINARY_TEMPLATE

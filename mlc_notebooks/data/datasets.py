@@ -13,7 +13,13 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-from . import boxes, embedded, official  # noqa: F401  (they register loaders)
+from mlc_notebooks.data import (  # noqa: F401  (they register loaders)
+    boxes,
+    domain_sets,
+    embedded,
+    emotion_sets,
+    official,
+)
 from .sources import GENERATORS, SOURCES, Source
 from .texts import AnnotatedTexts
 
@@ -32,11 +38,11 @@ def _parse_name(name: str) -> tuple[str, str, dict]:
         raise TypeError(f"the name of a task must be a string, got {name!r:.80}")
     if name in SOURCES:
         return name, "", {}
-    base, _, variant = name.partition("-")
-    if base == "goemotions" and variant == "27":
-        return base, variant, {"groups": False}
-    if base == "brighter" and variant:
-        return base, variant, {"language": variant}
+    for base, source in SOURCES.items():
+        variant = name.removeprefix(f"{base}-")
+        options = source.options_of(variant) if variant != name else None
+        if options is not None:
+            return base, variant, options
     raise ValueError(
         f"unknown task {name!r}: choose one of {sorted([*SOURCES, *GENERATORS])}, or read your own "
         "with `load_table`"

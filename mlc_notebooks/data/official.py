@@ -8,7 +8,6 @@ Docs: https://mlc-notebooks.github.io/mlc_notebooks/data/official.html.md"""
 __all__ = ['load_crowdtruth', 'load_mfrc', 'load_semeval2018', 'load_hatexplain', 'load_boxes', 'load_msp_podcast']
 
 # %% ../../nbs/data/06_official.ipynb #0048c3cb
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,21 +20,15 @@ from .labels import LabelSet
 from .sources import loader, read_csv, read_json, read_text
 from mlc_notebooks.data.tables import (
     join_annotators,
+    split_of,
     stack_votes,
+    texts_by_split,
     texts_from_frame,
     votes_of_columns,
 )
 from .texts import AnnotatedTexts
 
 # %% ../../nbs/data/06_official.ipynb #310a5c94
-def _split_of(item: str) -> str:
-    "The split of an item, by the md5 of its id: train 60 %, dev 10 %, test 30 %."
-    bucket = int(hashlib.md5(item.encode()).hexdigest(), 16) % 10
-    if bucket < 6:
-        return "train"
-    return "dev" if bucket == 6 else "test"
-
-
 @loader(
     "crowdtruth_relations",
     "https://github.com/CrowdTruth/Open-Domain-Relation-Extraction",
@@ -44,17 +37,14 @@ def _split_of(item: str) -> str:
 )
 def load_crowdtruth(folder: Path) -> dict[str, AnnotatedTexts]:
     "The splits of CrowdTruth's relations by name, from annotations.csv."
-    rows = read_csv(folder, "annotations.csv", dtype=str)
+    rows = read_csv(folder, "annotations.csv", dtype=str).rename(columns={"worker": "annotator"})
     chosen = rows["relations"].fillna("").str.split()
     labels = LabelSet(sorted({name for names in chosen for name in names}))
     rows["votes"] = [labels.vector(names)[None] for names in chosen]
     rows["text"] = rows["text"] + " Terms: " + rows["term1"] + " and " + rows["term2"]
     items = join_annotators(rows, by="item")
-    split = items["id"].map(_split_of)
-    return {
-        name: texts_from_frame("crowdtruth", items[split == name], labels)
-        for name in ("train", "dev", "test")
-    }
+    items["split"] = items["id"].map(split_of)
+    return texts_by_split("crowdtruth", items, labels)
 
 # %% ../../nbs/data/06_official.ipynb #a5c3c909
 _FOUNDATIONS = ("authority", "care", "equality", "loyalty", "proportionality", "purity")

@@ -10,7 +10,7 @@ __all__ = ['SOURCES', 'GENERATORS', 'data_file', 'read_text', 'read_csv', 'read_
 # %% ../../nbs/data/04_sources.ipynb #4816b36c
 import gzip
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -58,12 +58,27 @@ class Source:
     licence: str
     label_noun: str  # what its labels are called in a prompt
     load: Callable  # (folder, **options) -> {split: AnnotatedTexts}
+    variants: dict[str, dict] = field(default_factory=dict)  # short name -> options of the loader
+    open_option: str = ""  # the option that any other short name fills; empty: there is none
+
+    def options_of(self, variant: str) -> dict | None:
+        "The options of the loader that a short name stands for; None for an unknown one."
+        if variant in self.variants:
+            return self.variants[variant]
+        return {self.open_option: variant} if variant and self.open_option else None
 
 
 SOURCES: dict[str, Source] = {}  # by name
 
 
-def loader(folder: str, home: str, licence: str, label_noun: str) -> Callable:
+def loader(
+    folder: str,  # under MLC_DATA
+    home: str,
+    licence: str,
+    label_noun: str,  # what the labels are called in a prompt
+    variants: dict[str, dict] | None = None,  # short name -> options
+    open_option: str = "",  # the option that any other short name fills
+) -> Callable:
     """A decorator that enters the function `load_<name>` into `SOURCES` under <name>.
 
     Underscores of the name become hyphens.
@@ -72,7 +87,8 @@ def loader(folder: str, home: str, licence: str, label_noun: str) -> Callable:
     def register(function: Callable) -> Callable:
         function = naming_folder(function)
         name = function.__name__.removeprefix("load_").replace("_", "-")
-        SOURCES[name] = Source(folder, home, licence, label_noun, function)
+        about = (folder, home, licence, label_noun, function)
+        SOURCES[name] = Source(*about, variants or {}, open_option)
         return function
 
     return register

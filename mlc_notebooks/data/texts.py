@@ -19,6 +19,7 @@ from .checks import check_choice, check_number, check_whole
 from .inputs import check_listed
 from .labels import LabelSet
 from .markup import html_part, html_table
+from .people import check_annotators
 from .sampling import agreement_of, draw_from_cells, label_cells
 
 # %% ../../nbs/data/02_texts.ipynb #301e7825
@@ -121,6 +122,8 @@ class _Items:
     label_noun: str = "labels"  # what the labels are called in a prompt
     splits: dict[str, "AnnotatedTexts"] = field(default_factory=dict)  # all splits by name
     sampling: dict = field(default_factory=dict)  # how this selection was drawn
+    annotators: tuple[tuple[str, ...], ...] | None = None  # who gave each row, if known
+    annotator_groups: dict[str, str] = field(default_factory=dict)  # id -> group, where known
 
     def __post_init__(self):
         if isinstance(self.ids, str):  # "abc" is short for the ids a, b and c
@@ -131,6 +134,8 @@ class _Items:
             object.__setattr__(self, attribute, check_listed(attribute, getattr(self, attribute)))
         items = (self.ids, self.texts, self.labels, self.annotations)
         _check_items(self.name, *items, self.aggregated)
+        people = check_annotators(self.name, self.ids, self.annotations, self.annotators)
+        object.__setattr__(self, "annotators", people)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -138,12 +143,11 @@ class _Items:
     def select(self, positions: Iterable[int]) -> "AnnotatedTexts":
         "The items at these positions, in the order given."
         positions = _check_positions(positions, len(self))
-        return replace(
-            self,
-            ids=[self.ids[i] for i in positions],
-            texts=[self.texts[i] for i in positions],
-            annotations=[self.annotations[i] for i in positions],
-        )
+        chosen = {}
+        for name in ("ids", "texts", "annotations", "annotators"):
+            values = getattr(self, name)
+            chosen[name] = None if values is None else [values[i] for i in positions]
+        return replace(self, **chosen)
 
     def at(self, ids: Iterable[str]) -> "AnnotatedTexts":
         "The items with these ids, in the order given; raises `ValueError` naming an unknown id."

@@ -11,7 +11,6 @@ __all__ = ['mlc_classify']
 import argparse
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 from .command_runs import check_out_file, kept_batches, load_model
@@ -183,13 +182,10 @@ def _flags(trace, classifier) -> dict[str, tuple[str, ...]]:
 
 def _reading(task, classifier, trace):
     "Whether the model reads; labels of texts that were examples prove nothing and do not count."
+    from mlc_notebooks.data.annotators import without_answers
     from mlc_notebooks.metrics.verdict import reading_check
 
-    shown = _shown_items(trace, classifier)
-    annotations = [
-        votes[:0] if item in shown else votes for item, votes in zip(task.ids, task.annotations)
-    ]
-    judged = replace(task, annotations=annotations)
+    judged = without_answers(task, sorted(_shown_items(trace, classifier)))
     return reading_check(trace, judged, classifier.probabilities(trace))
 
 
