@@ -47,7 +47,7 @@ SERIES_SOURCES = {  # data set -> its share of the groups
     "brighter-eng": 0.2,
     "xed-en": 0.15,
     "nlupp-banking": 0.2,
-    "tos_unfair-en": 0.15,
+    "tos-unfair-en": 0.15,
 }
 
 # %% ../../nbs/alignment/20b_series.ipynb #325c7fe8
