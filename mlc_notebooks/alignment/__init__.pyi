@@ -37,6 +37,7 @@ from . import rl as rl
 from . import demux as demux
 from . import demux_training as demux_training
 from . import emotions as emotions
+from . import series as series
 from . import thresholds as thresholds
 from . import set_decisions as set_decisions
 from . import rows as rows
@@ -263,6 +264,14 @@ from .emotions import EMOTION_STAGES as EMOTION_STAGES
 from .emotions import EmotionMix as EmotionMix
 from .emotions import emotion_examples as emotion_examples
 from .emotions import train_emotions as train_emotions
+from .series import Lesson as Lesson
+from .series import SERIES as SERIES
+from .series import SERIES_SETTINGS as SERIES_SETTINGS
+from .series import SERIES_SOURCES as SERIES_SOURCES
+from .series import SeriesMix as SeriesMix
+from .series import series_examples as series_examples
+from .series import series_lessons as series_lessons
+from .series import train_series as train_series
 from .thresholds import best_expected_f1 as best_expected_f1
 from .thresholds import best_thresholds as best_thresholds
 from .thresholds import count_distribution as count_distribution

@@ -150,8 +150,11 @@ def _start_identity(start: str | Path | None) -> dict:
 
 def _identity(job: _Job) -> dict:
     "What decides the result of a run."
+    settings = asdict(job.settings)
+    if not job.settings.batches_as_given:
+        del settings["batches_as_given"]  # runs of earlier releases do not know it
     return {
-        **asdict(job.settings),
+        **settings,
         "learning_rate": job.settings.rate,
         "model": job.lm.name,
         "weights": job.lm.fingerprint["weights"],

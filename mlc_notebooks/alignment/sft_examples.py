@@ -57,21 +57,21 @@ def _in_demonstrated_answers(lm: LanguageModel, prompt: Prompt) -> list[bool]:
     return [_is_inside(first, spans) for first, _ in encoded.offset_mapping]
 
 # %% ../../nbs/alignment/13_sft_examples.ipynb #954be2ee
-def _answer_ids(lm: LanguageModel, chosen: Sequence[str], labels: LabelSet) -> list[int]:
-    "Token ids of the list of the labels chosen, and the end of the text."
-    ordered = [name for name in labels if name in chosen]
-    answer = "\n" + FORMATS["json"].render(ordered, labels)
+def _answer_ids(lm: LanguageModel, listed: Sequence[str], labels: LabelSet) -> list[int]:
+    "Token ids of an answer that lists these labels, and the end of the text."
+    answer = "\n" + FORMATS["json"].render(listed, labels)
     return [*encode_continuation(lm, answer), lm.tokenizer.eos_token_id]
 
 
 def sft_example(
     lm: LanguageModel,
     text: str,
-    chosen: Sequence[str],  # the labels that the text carries, in any order
-    labels: LabelSet,  # in the order in which instruction and answer list them
+    chosen: Sequence[str],  # the labels that the text carries
+    labels: LabelSet,  # in the order in which the instruction lists them
     label_noun: str,  # what the labels are called in the prompt
     demonstrations: Sequence[tuple[str, Sequence[str]]] = (),  # pairs (text, its labels)
     score_demonstrations: bool = False,  # the loss counts the answers of demonstrations too
+    keep_order: bool = False,  # the answer lists `chosen` as given, not in the instruction's order
 ) -> Example:
     "The example that teaches a model to answer `text` with the labels `chosen`."
     [prompt] = list_prompts([text], labels, demonstrations, label_noun)
@@ -80,6 +80,8 @@ def sft_example(
     if score_demonstrations:
         scored = _in_demonstrated_answers(lm, prompt)
 
+    if not keep_order:
+        chosen = [name for name in labels if name in chosen]
     answer_ids = _answer_ids(lm, chosen, labels)
     return Example(prompt_ids + answer_ids, scored + [True] * len(answer_ids))
 

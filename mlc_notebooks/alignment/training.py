@@ -64,6 +64,8 @@ class TuningSettings:
     dev_every: int = 50  # steps from one measurement of the dev loss, and checkpoint, to the next
     # stop after so many measurements without a new lowest dev loss, and go back to the lowest
     patience: int | None = None
+    # each `batch_size` examples, as they come, are a batch; False: batches of similar lengths
+    batches_as_given: bool = False
 
     def __post_init__(self):
         check_seed(self.seed)
@@ -278,12 +280,14 @@ def answer_trainer(
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=settings.rate, weight_decay=0.0, fused=True)
     steps = math.ceil(len(train) / settings.batch_size)
+    if not settings.batches_as_given:
+        train = in_similar_lengths(train, settings.batch_size, settings.seed)
     trainer = _answer_trainer_class()(
         pad,
         minutes_before,
         model=model,
         args=_training_arguments(checkpoints, settings, steps, model.device),
-        train_dataset=in_similar_lengths(train, settings.batch_size, settings.seed),
+        train_dataset=list(train),
         eval_dataset=list(dev),
         optimizers=(optimizer, None),
         data_collator=lambda batch: {"examples": batch},
