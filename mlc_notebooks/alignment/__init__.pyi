@@ -56,6 +56,7 @@ from . import block_workers as block_workers
 from . import corpus as corpus
 from . import cost as cost
 from . import mitigation as mitigation
+from . import study_runs as study_runs
 from .calibration import Platt as Platt
 from .calibration import content_free_prior as content_free_prior
 from .calibration import divide_prior as divide_prior
@@ -356,3 +357,11 @@ from .mitigation import compare_by_group as compare_by_group
 from .mitigation import mitigated_marginals as mitigated_marginals
 from .mitigation import text_groups as text_groups
 from .mitigation import weight_annotators as weight_annotators
+from .study_runs import NOT_PASSED_ON as NOT_PASSED_ON
+from .study_runs import PARTS as PARTS
+from .study_runs import StudyRecords as StudyRecords
+from .study_runs import StudyRun as StudyRun
+from .study_runs import gather_records as gather_records
+from .study_runs import record_run as record_run
+from .study_runs import study_prompt as study_prompt
+from .study_runs import study_texts as study_texts

@@ -11,6 +11,7 @@ from . import sampling as sampling
 from . import people as people
 from . import texts as texts
 from . import annotators as annotators
+from . import fewer_labels as fewer_labels
 from . import tables as tables
 from . import encodings as encodings
 from . import spreadsheets as spreadsheets
@@ -91,6 +92,8 @@ from .annotators import annotator_ids as annotator_ids
 from .annotators import answer_table as answer_table
 from .annotators import answers_of as answers_of
 from .annotators import without_answers as without_answers
+from .fewer_labels import keep_labels as keep_labels
+from .fewer_labels import most_frequent_labels as most_frequent_labels
 from .tables import join_annotators as join_annotators
 from .tables import split_by_text as split_by_text
 from .tables import split_of as split_of
