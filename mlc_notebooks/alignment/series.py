@@ -38,7 +38,7 @@ class SeriesMix:
     without: float = 0.15  # share that carry none of them
     few_shot: float = 0.5  # share of groups that show demonstrations
     most_shots: int = 8
-    dev_groups: int = 12  # of the dev splits, to measure the loss on
+    dev_groups: int = 6  # of the dev splits, to measure the loss on
 
 
 SERIES_SOURCES = {  # data set -> its share of the groups
@@ -179,7 +179,7 @@ def series_lessons(
 # %% ../../nbs/alignment/20b_series.ipynb #10257abb
 SERIES = ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b")
 SERIES_SETTINGS = TuningSettings(
-    r=8, learning_rate=5e-4, batch_size=8, dev_every=25, batches_as_given=True
+    r=8, learning_rate=5e-4, batch_size=8, dev_every=50, batches_as_given=True
 )
 
 

@@ -240,13 +240,17 @@ def takes_packed_rows(
 
 @torch.no_grad()
 def mean_answer_loss(
-    model: torch.nn.Module, examples: Sequence[Example], pad: int, packed: bool = False
+    model: torch.nn.Module,
+    examples: Sequence[Example],
+    pad: int,
+    packed: bool = False,
+    at_once: int = 16,  # examples per pass: what they share is computed once where they are packed
 ) -> float:
-    "The loss in nats per token of the answers, of any number of examples: 16 at once."
+    "The loss in nats per token of the answers, of any number of examples."
     total = 0.0
     tokens = 0
-    for start in range(0, len(examples), 16):
-        loss, count = answer_loss(model, examples[start : start + 16], pad, packed)
+    for start in range(0, len(examples), at_once):
+        loss, count = answer_loss(model, examples[start : start + at_once], pad, packed)
         total += float(loss)
         tokens += count
     return total / tokens

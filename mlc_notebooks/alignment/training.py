@@ -165,7 +165,10 @@ def _answer_trainer_class() -> type:
 
         def evaluate(self, *args, **options):
             self.model.eval()
-            loss = mean_answer_loss(self.language_model, self.eval_dataset, self.pad, self.packed)
+            at_once = self.args.per_device_train_batch_size
+            loss = mean_answer_loss(
+                self.language_model, self.eval_dataset, self.pad, self.packed, at_once
+            )
             check_finite(torch.tensor(loss), self.state.global_step, self.args.learning_rate)
             metrics = {"eval_loss": loss}
             self.log(metrics)
