@@ -2,6 +2,7 @@
 # make lab    JupyterLab on the tutorials
 # make check  what to run while you work
 # make test   what CI does
+# make test-thorough  more cases of the same, before a release
 # make test-servers   real servers beside the local engine, in environments of their own
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -15,7 +16,7 @@ ifneq ($(wildcard ../shared/data),)
 export MLC_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: demo lab check test test-servers tutorial-server servers lint sync-check docs-check readme readme-check fast-tests nbdev-test pytest tutorials adapter recorded benchmark benchmark-rivals benchmark-cost benchmark-training benchmark-gpu benchmark-served benchmark-scale growth studies export constraints audit
+.PHONY: demo lab check test test-thorough test-servers tutorial-server servers lint sync-check docs-check readme readme-check fast-tests nbdev-test pytest tutorials adapter recorded benchmark benchmark-rivals benchmark-cost benchmark-training benchmark-gpu benchmark-served benchmark-scale growth studies export constraints audit
 
 demo: $(READY)
 	$(BIN)/mlc-probe --task goemotions brighter-eng --n 64 --sample main --seed 0 --out $(DEMO)
@@ -80,13 +81,13 @@ docs-check: $(READY)
 	@rm _proc.log
 
 # Two processes of one thread each take about half as long as one of two threads.
-fast-tests nbdev-test pytest tutorials: export OMP_NUM_THREADS = 1
+fast-tests nbdev-test pytest test-thorough tutorials: export OMP_NUM_THREADS = 1
 # No progress bars in outputs that are kept.
 nbdev-test tutorials recorded studies readme: export TQDM_DISABLE = 1
 
 # What needs no real model.
 fast-tests: $(READY)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not thorough"
 
 # Room by room, since a process keeps the models of all pages that it has run.
 ROOMS = data models engine probing metrics alignment report
@@ -98,7 +99,12 @@ nbdev-test: $(READY)
 
 pytest: $(READY)
 	$(BIN)/mlc-fetch
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 8
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 8 -m "not thorough"
+
+# The cases that `make test` leaves out, in ten minutes: before a release.
+test-thorough: $(READY)
+	$(BIN)/mlc-fetch
+	$(BIN)/python -m pytest -q -n 2 --dist load --durations 8 -m thorough
 
 # This tutorial needs a server and a larger model: make tutorial-server runs it.
 WITH_SERVER = nbs/tutorials/11_a_larger_model.ipynb
