@@ -101,7 +101,7 @@ pytest: $(READY)
 	$(BIN)/mlc-fetch
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 8 -m "not thorough"
 
-# The cases that `make test` leaves out, in ten minutes: before a release.
+# The cases that `make test` leaves out: before a release.
 test-thorough: $(READY)
 	$(BIN)/mlc-fetch
 	$(BIN)/python -m pytest -q -n 2 --dist load --durations 8 -m thorough
@@ -154,7 +154,7 @@ benchmark-gpu: $(READY)
 	$(BIN)/python benchmarks/gpu.py $(GPU)
 
 benchmark-served: $(READY) $(RIVALS)/vllm/.installed
-	$(BIN)/python benchmarks/served.py --rivals $(RIVALS)
+	$(BIN)/python benchmarks/served.py --rivals $(RIVALS) $(RECORD)
 
 benchmark-rivals: $(RIVALS)/vllm/.installed $(RIVALS)/llama/.installed
 

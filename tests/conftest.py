@@ -51,14 +51,10 @@ THOROUGH = {
         "test_every_true_value_lies_within_its_bounds[brighter-eng]",
         "test_every_true_value_lies_within_its_bounds[convabuse]",
     ],
-    "test_benchmarks": ["test_the_comparison_runs"],
-    "test_classifier": ["test_scikit_learns_checks"],
     "test_classify": [
         "test_rows_of_another_file_teach[tsv]",
         "test_rows_of_another_file_teach[xlsx]",
     ],
-    "test_fetch": ["test_killed_fetches_leave_nothing_broken"],
-    "test_lazy_reading": ["test_batches_and_trees_agree[options1]"],
     "test_probing": [
         "test_batches_and_order_change_nothing[exact-free]",
         "test_batches_and_order_change_nothing[first_token-free]",
