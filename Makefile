@@ -175,13 +175,14 @@ $(RIVALS)/vllm/.installed: settings.ini
 
 # Compiled here, in some minutes, with a C++ compiler, and without the AMX kernels of llama.cpp: they
 # end the process on some processors (its issue 20824). Other compilers than gcc on x86-64 need no flags.
+# pip's cache is left out: a wheel that lies there was compiled with other flags, or for another processor.
 NO_AMX = $(if $(filter x86_64,$(shell uname -m)),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 ELSEWHERE_PIP = $(@D)/bin/pip install --quiet --disable-pip-version-check
 
 $(RIVALS)/llama/.installed: settings.ini
 	$(PYTHON) -m venv $(@D)
 	$(ELSEWHERE_PIP) '$(TORCH)' $(CONSTRAIN)
-	CFLAGS='$(NO_AMX)' CXXFLAGS='$(NO_AMX)' $(ELSEWHERE_PIP) --no-binary llama-cpp-python 'llama-cpp-python[server]==0.3.36'
+	CFLAGS='$(NO_AMX)' CXXFLAGS='$(NO_AMX)' $(ELSEWHERE_PIP) --no-cache-dir --no-binary llama-cpp-python 'llama-cpp-python[server]==0.3.36'
 	$(ELSEWHERE_PIP) -e . 'pytest>=8' 'hypothesis>=6.100' $(CONSTRAIN)
 	touch $@
 
