@@ -2,6 +2,7 @@
 # make lab    JupyterLab on the tutorials
 # make check  what to run while you work
 # make test   what CI does
+# make test-thorough  more cases of the same, before a release
 # make test-servers   real servers beside the local engine, in environments of their own
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -15,7 +16,7 @@ ifneq ($(wildcard ../shared/data),)
 export MLC_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: demo lab check test test-servers tutorial-server servers lint sync-check docs-check readme readme-check fast-tests nbdev-test pytest tutorials adapter recorded benchmark benchmark-rivals benchmark-cost benchmark-training benchmark-gpu benchmark-served benchmark-scale growth studies export constraints audit
+.PHONY: demo lab check test test-thorough test-servers tutorial-server servers lint sync-check docs-check readme readme-check fast-tests nbdev-test pytest tutorials adapter recorded benchmark benchmark-rivals benchmark-cost benchmark-training benchmark-gpu benchmark-served benchmark-scale growth studies export constraints audit
 
 demo: $(READY)
 	$(BIN)/mlc-probe --task goemotions brighter-eng --n 64 --sample main --seed 0 --out $(DEMO)
@@ -80,13 +81,13 @@ docs-check: $(READY)
 	@rm _proc.log
 
 # Two processes of one thread each take about half as long as one of two threads.
-fast-tests nbdev-test pytest tutorials: export OMP_NUM_THREADS = 1
+fast-tests nbdev-test pytest test-thorough tutorials: export OMP_NUM_THREADS = 1
 # No progress bars in outputs that are kept.
 nbdev-test tutorials recorded studies readme: export TQDM_DISABLE = 1
 
 # What needs no real model.
 fast-tests: $(READY)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not thorough"
 
 # Room by room, since a process keeps the models of all pages that it has run.
 ROOMS = data models engine probing metrics alignment report
@@ -98,7 +99,12 @@ nbdev-test: $(READY)
 
 pytest: $(READY)
 	$(BIN)/mlc-fetch
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 8
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 8 -m "not thorough"
+
+# The cases that `make test` leaves out: before a release.
+test-thorough: $(READY)
+	$(BIN)/mlc-fetch
+	$(BIN)/python -m pytest -q -n 2 --dist load --durations 8 -m thorough
 
 # This tutorial needs a server and a larger model: make tutorial-server runs it.
 WITH_SERVER = nbs/tutorials/11_a_larger_model.ipynb
@@ -148,7 +154,7 @@ benchmark-gpu: $(READY)
 	$(BIN)/python benchmarks/gpu.py $(GPU)
 
 benchmark-served: $(READY) $(RIVALS)/vllm/.installed
-	$(BIN)/python benchmarks/served.py --rivals $(RIVALS)
+	$(BIN)/python benchmarks/served.py --rivals $(RIVALS) $(RECORD)
 
 benchmark-rivals: $(RIVALS)/vllm/.installed $(RIVALS)/llama/.installed
 
@@ -169,13 +175,14 @@ $(RIVALS)/vllm/.installed: settings.ini
 
 # Compiled here, in some minutes, with a C++ compiler, and without the AMX kernels of llama.cpp: they
 # end the process on some processors (its issue 20824). Other compilers than gcc on x86-64 need no flags.
+# pip's cache is left out: a wheel that lies there was compiled with other flags, or for another processor.
 NO_AMX = $(if $(filter x86_64,$(shell uname -m)),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 ELSEWHERE_PIP = $(@D)/bin/pip install --quiet --disable-pip-version-check
 
 $(RIVALS)/llama/.installed: settings.ini
 	$(PYTHON) -m venv $(@D)
 	$(ELSEWHERE_PIP) '$(TORCH)' $(CONSTRAIN)
-	CFLAGS='$(NO_AMX)' CXXFLAGS='$(NO_AMX)' $(ELSEWHERE_PIP) --no-binary llama-cpp-python 'llama-cpp-python[server]==0.3.36'
+	CFLAGS='$(NO_AMX)' CXXFLAGS='$(NO_AMX)' $(ELSEWHERE_PIP) --no-cache-dir --no-binary llama-cpp-python 'llama-cpp-python[server]==0.3.36'
 	$(ELSEWHERE_PIP) -e . 'pytest>=8' 'hypothesis>=6.100' $(CONSTRAIN)
 	touch $@
 

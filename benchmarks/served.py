@@ -19,6 +19,7 @@ from pathlib import Path
 
 MODEL = "smollm2-135m-emotions"
 GOAL = 0.8
+RECORDED = Path(__file__).parent / "recorded" / "served.csv"
 MOST_IDS = 128  # tokens that one request may name
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
@@ -174,6 +175,8 @@ def main(asked: argparse.Namespace):
     found = table(offline_runs, run_served(python, job), rows, asked.texts)
     ratio = found.loc["vLLM offline", "seconds"] / found.loc["over HTTP", "seconds"]
     print(found.to_string())
+    if asked.record:
+        found.assign(texts=asked.texts, repeats=asked.repeats).round(2).to_csv(RECORDED)
     print(f"over HTTP: {ratio:.2f} of the offline speed; goal {GOAL}: {ratio >= GOAL}")
 
 
@@ -192,6 +195,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--eager", action="store_true", help="both without torch.compile: to try it"
     )
+    parser.add_argument("--record", action="store_true", help=f"also write {RECORDED.name}")
     parser.add_argument("--offline", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.offline:

@@ -45,8 +45,40 @@ SLOW_FILES = {
 }
 
 
+# More cases of what `make test` has a case of; `make test-thorough` runs them, before a release.
+THOROUGH = {
+    "test_bounded": [
+        "test_every_true_value_lies_within_its_bounds[brighter-eng]",
+        "test_every_true_value_lies_within_its_bounds[convabuse]",
+    ],
+    "test_classify": [
+        "test_rows_of_another_file_teach[tsv]",
+        "test_rows_of_another_file_teach[xlsx]",
+    ],
+    "test_probing": [
+        "test_batches_and_order_change_nothing[exact-free]",
+        "test_batches_and_order_change_nothing[first_token-free]",
+        "test_other_ways_to_ask_agree_with_their_twin[free-True]",
+        "test_other_ways_to_ask_agree_with_their_twin[free-comma]",
+        "test_other_ways_to_ask_agree_with_their_twin[free-polysyndeton]",
+        "test_other_ways_to_ask_agree_with_their_twin[guided-True]",
+        "test_other_ways_to_ask_agree_with_their_twin[guided-comma]",
+        "test_other_ways_to_ask_agree_with_their_twin[guided-True-comma]",
+    ],
+    "test_training_folders": [
+        "test_a_damaged_checkpoint_never_gives_other_weights[demux]",
+        "test_a_damaged_checkpoint_never_gives_other_weights[rl]",
+        "test_killed_at_any_moment[rl]",
+        "test_killed_at_operations_on_files[demux]",
+        "test_killed_at_operations_on_files[rl]",
+    ],
+}
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
+        if item.name in THOROUGH.get(item.path.stem, ()):
+            item.add_marker("thorough")
         if item.path.stem in SLOW_FILES or REAL_MODELS & set(item.fixturenames):
             item.add_marker("slow")
 

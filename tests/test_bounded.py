@@ -206,7 +206,7 @@ def assert_within(seen, full):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_true_value_lies_within_its_bounds(tuned_lm, name):
-    task = load_task(name).sample(24, seed=0)  # 64 passed too, and take a minute more each
+    task = load_task(name).sample(64, seed=0)
     full = probed(tuned_lm, task, tolerance=0)
     seen = probed(LikeliestOnly(tuned_lm, 20), task)
     assert_within(seen, full)

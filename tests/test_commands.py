@@ -350,7 +350,7 @@ def test_a_terminal_that_lacks_the_letters(place, tiny_folder, tmp_path):
 
 
 def takes_interrupts():
-    "Also where the tests themselves run in the background, which does not."
+    "A shell starts jobs in the background with interrupts ignored; this process takes them again."
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

@@ -1,6 +1,6 @@
 """A vLLM server asked over HTTP beside the local engine: the same numbers in float32.
 
-`test_vllm.py` compares steps on 64 texts, with vLLM as a library; what HTTP adds does not depend
+`test_vllm.py` compares steps on more texts, with vLLM as a library; what HTTP adds does not depend
 on how many texts there are.
 """
 
@@ -18,7 +18,7 @@ from parity import (
 
 from mlc_notebooks.models import load_lm
 
-TEXTS = 16
+TEXTS = 8
 
 
 @pytest.fixture(scope="module")
