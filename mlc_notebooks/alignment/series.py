@@ -30,7 +30,7 @@ from ..models.lm import LM, load_lm
 class SeriesMix:
     "How the lessons of a series are drawn."
 
-    groups: int = 400  # each of them is one step of the training
+    groups: int = 250  # each of them is one step of the training
     texts: int = 8  # per group
     most_labels: int = 12  # that an instruction lists
     fewer_labels: float = 0.3  # share of instructions with only some labels of a short list

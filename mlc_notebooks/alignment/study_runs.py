@@ -9,7 +9,7 @@ __all__ = ['PARTS', 'NOT_PASSED_ON', 'StudyRun', 'study_prompt', 'study_texts', 
 
 # %% ../../nbs/alignment/31_study_runs.ipynb #4d7ca8e7
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import time
