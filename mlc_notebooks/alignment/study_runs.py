@@ -95,7 +95,7 @@ def _about(run: StudyRun, lm: LM, task: AnnotatedTexts, costs: dict) -> dict:
         "labels": list(task.labels),
         "none": task.labels.none,
         "aggregated": task.aggregated,
-        "dtype": lm.fingerprint["dtype"],
+        "dtype": lm.dtype,
         "weights": lm.fingerprint["weights"],
         **costs,
     }
