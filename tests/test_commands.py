@@ -17,11 +17,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from mlc_notebooks.report.audit_command import mlc_audit
 from mlc_notebooks.report.cli import mlc_align, mlc_fetch, mlc_probe
 from mlc_notebooks.report.exits import ISSUES, in_options
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = {"mlc-probe": mlc_probe, "mlc-align": mlc_align, "mlc-fetch": mlc_fetch}
+COMMANDS = {
+    "mlc-probe": mlc_probe,
+    "mlc-align": mlc_align,
+    "mlc-fetch": mlc_fetch,
+    "mlc-audit": mlc_audit,
+}
 CSV = "text,labels\nI love it,joy\nHow dare you,anger\nboth of them,joy; anger\n"
 JSONL = '{"text": "a", "labels": ["joy"]}\n{"text": "b", "labels": ["anger"]}\n'
 LONG = "x" * 300
@@ -35,7 +41,8 @@ def numbers():
     for option in ("--shots", "--n", "--seed"):
         for value in ("-1", "1.5", "many", "", "nan", "0x10", "1" + 400 * "0", "1" + 5000 * "0"):
             yield "mlc-probe", [f"{option}={value}"], option
-    yield "mlc-align", ["--n", "0"], "--n"
+    for command in ("mlc-align", "mlc-audit"):
+        yield command, ["--n", "0"], "--n"
     yield "mlc-align", ["--n", "900000"], "--n"
     yield "mlc-probe", ["--n", "1"], "--n"
     yield "mlc-probe", ["--task", "goemotions", "--shots", "100000"], "--shots"
@@ -49,7 +56,7 @@ def choices():
 
 
 def empty_texts():
-    for command in ("mlc-probe", "mlc-align"):
+    for command in ("mlc-probe", "mlc-align", "mlc-audit"):
         for option in ("--file", "--model", "--out", "--text", "--labels"):
             for value in ("", "  ", "a\0b"):
                 yield command, [option, value], option
@@ -106,7 +113,7 @@ def odd_tables():
 
 def folders():
     for out in ("my.csv", "my.csv/x", "/dev/null/x", "/proc/nobody/x"):
-        for command in ("mlc-probe", "mlc-align"):
+        for command in ("mlc-probe", "mlc-align", "mlc-audit"):
             yield command, ["--file", "my.csv", "--out", out], f"--out {out}"
 
 

@@ -21,6 +21,8 @@ from matplotlib.text import Text
 from mlc_notebooks.data import AnnotatedTexts, LabelSet, html_part, load_table
 from mlc_notebooks.metrics import (
     AlignReport,
+    Audit,
+    audit,
     first_step_profiles,
     next_labels,
     order_accuracy,
@@ -37,6 +39,7 @@ PAGES = (
     "plots_internals",
     "plots_alignment",
     "plots_parts",
+    "plots_audit",
     "summary",
 )
 LABELS = ["$$", r"$\foo$", "a_b^c", r"back\slash", "$x^2$", "<b>&"]
@@ -105,6 +108,15 @@ def half(trace: Trace) -> pd.DataFrame:
     return pd.DataFrame(0.5, trace.items.index, list(trace.labels))
 
 
+def audited() -> Audit:
+    "An audit of a dozen texts with hostile labels and names."
+    texts = [f"{TEXT} {number}" for number in range(12)]
+    votes = np.zeros((12, 1, 6), bool)
+    for number in range(12):
+        votes[number, 0, [number % 6, number % 4]] = True
+    return audit(AnnotatedTexts(NAME, list("abcdefghijkl"), texts, LabelSet(LABELS), votes))
+
+
 DRAWN = {  # every figure function, with hostile names wherever it takes names
     "plot_steps": lambda plot, trace: plot(trace),
     "plot_top_second": lambda plot, trace: plot(trace),
@@ -128,6 +140,7 @@ DRAWN = {  # every figure function, with hostile names wherever it takes names
     ),
     "plot_writer": lambda plot, trace: plot(first_step_profiles(trace, half(trace))),
     "plot_gap": lambda plot, trace: plot(two(parts()), "$N_L$"),
+    "plot_audit": lambda plot, trace: plot(audited()),
     "plot_summary": lambda plot, trace: plot(trace, gold(trace)),
 }
 

@@ -179,7 +179,7 @@ def _print_summary(args: argparse.Namespace, summary, page: Path, reading: str) 
     asked = f"{args.shots}-shot, {args.decoding} decoding, {reading} reading"
     print(f"\n{args.model}, {asked}\n")
     print(summary.to_string())
-    print(f"\nMeans with 95 % bootstrap intervals over texts.\nReport: {page}")
+    print(f"\nMeans with 95 % intervals over texts.\nReport: {page}")
 
 
 def mlc_probe(argv: list[str] | None = None) -> int:

@@ -105,7 +105,7 @@ def _summary_caption(following: pd.DataFrame) -> str:
 
 # %% ../../nbs/report/05_summary.ipynb #50d11c1c
 def run_summary(traces: dict[str, Trace]) -> pd.DataFrame:
-    "One column per trace: counts, means with 95 % bootstrap intervals over texts, seconds."
+    "One column per trace: counts, means with 95 % intervals over texts, seconds."
     columns = {name: _summary_column(trace) for name, trace in traces.items()}
     return pd.DataFrame(columns).fillna("-")
 
