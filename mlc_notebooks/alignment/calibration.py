@@ -23,6 +23,7 @@ from ..data.demonstrations import demonstrations_for
 from ..data.files import write_whole
 from ..data.texts import AnnotatedTexts, unannotated
 from ..metrics.inputs import check_marginals, check_table, check_trace
+from ..metrics.model_audit import CONTENT_FREE
 from ..models.language_model import LanguageModel
 from ..probing.steps import probe_steps
 from ..probing.trace import Trace
@@ -261,7 +262,7 @@ def content_free_prior(
     task: AnnotatedTexts,
     shots: int = 10,
     seed: int = 0,
-    texts: Sequence[str] = ("N/A", "[MASK]", "..."),
+    texts: Sequence[str] = CONTENT_FREE,
     multi_share: float | None = 0.5,
     **probing,  # of `probe_steps`
 ) -> np.ndarray:

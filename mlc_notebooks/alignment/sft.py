@@ -82,7 +82,7 @@ def _trainable(lm: LM, settings: TuningSettings, start: str | Path | None) -> to
 def _adapter_of(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict]:
     "The tensors of an adapter and its configuration, as peft saves them."
     with tempfile.TemporaryDirectory() as scratch:
-        model.save_pretrained(scratch)
+        model.save_pretrained(scratch, save_embedding_layers=False)
         tensors = load_file(Path(scratch) / "adapter_model.safetensors")
         return tensors, read_json(Path(scratch) / "adapter_config.json")
 
