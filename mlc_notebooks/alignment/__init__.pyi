@@ -362,6 +362,7 @@ from .study_runs import PARTS as PARTS
 from .study_runs import StudyRecords as StudyRecords
 from .study_runs import StudyRun as StudyRun
 from .study_runs import gather_records as gather_records
+from .study_runs import is_recorded as is_recorded
 from .study_runs import record_run as record_run
 from .study_runs import study_prompt as study_prompt
 from .study_runs import study_texts as study_texts

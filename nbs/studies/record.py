@@ -1,0 +1,121 @@
+"""Record what the studies read: every run of the plan that is not recorded yet.
+
+    python nbs/studies/record.py                  # exploration: some nights on two cores
+    python nbs/studies/record.py --confirm        # confirmation sets, once the method is named
+    python nbs/studies/record.py --small          # a few texts, to see that all of it works
+
+It can be stopped at any time and goes on where it was. A model "NAME-tuned" is NAME after
+`train_series` (alignment.series); it is trained first if it has not been. PROTOCOL.md says why these
+models, sets and prompts.
+"""
+
+import argparse
+from pathlib import Path
+
+from mlc_notebooks.alignment import (
+    SERIES,
+    StudyRun,
+    gather_records,
+    is_recorded,
+    record_run,
+    train_series,
+)
+from mlc_notebooks.models import LM, load_lm
+
+HERE = Path(__file__).parent
+RUNS = HERE.parent.parent / "runs"
+
+EMBEDDED = "smollm2-135m-emotions"
+TUNED = [f"{name}-tuned" for name in SERIES]
+EXPLORATION = [
+    "brighter-eng",
+    "goemotions",
+    "convabuse",
+    "crowdtruth",
+    "brighter-ron",
+    "xed-en",
+    "nlupp-banking",
+    "caves",
+]
+PRIMARY = [
+    "brighter-afr",
+    "brighter-swe",
+    "brighter-ron",
+    "convabuse",
+    "nlupp-hotels",
+    "nhs-feedback",
+]
+SECONDARY = ["hs-brexit", "brighter-arq", "goemotions-raters"]
+
+
+def exploration() -> list[StudyRun]:
+    "Prompt by prompt, so that every model has been seen on every set before the second prompt."
+    plan = []
+    for prompt in (0, 1, 2):
+        for model in (EMBEDDED, *TUNED):
+            plan += [StudyRun(model, task, prompt) for task in EXPLORATION]
+        if prompt == 0:
+            for model in SERIES:
+                plan += [StudyRun(model, task, 0, texts=100) for task in EXPLORATION]
+    return plan
+
+
+def confirmation() -> list[StudyRun]:
+    "The sets that nobody has looked at, for the models tuned alike and the embedded one."
+    return [
+        StudyRun(model, task, prompt, "confirmation")
+        for prompt in (0, 1, 2)
+        for model in (EMBEDDED, *TUNED)
+        for task in PRIMARY + (SECONDARY if prompt == 0 else [])
+    ]
+
+
+def small() -> list[StudyRun]:
+    "A few texts of data that come with the package, asked of the embedded model."
+    few = {"texts": 6, "shots": 2, "looks": 3}
+    return [
+        StudyRun(EMBEDDED, task, prompt, **few)
+        for task in ("brighter-eng", "convabuse")
+        for prompt in (0, 1)
+    ]
+
+
+def load_recorded(model: str, trained: Path) -> LM:
+    "A model by its name in the records; one tuned alike is trained first where it has not been."
+    if model not in TUNED:
+        return load_lm(model, dtype="bfloat16")
+    base = model.removesuffix("-tuned")
+    if not (trained / base / "mix.json").is_file():  # what a training writes last
+        train_series(base, trained / base)
+    return load_lm(str(trained / base), dtype="bfloat16")
+
+
+def record(plan: list[StudyRun], folder: Path, trained: Path) -> None:
+    "All runs of the plan that are not recorded; a model stays loaded while runs in a row ask for it."
+    left = [run for run in plan if not is_recorded(run, folder)]
+    loaded, lm = None, None
+    for number, run in enumerate(left, start=1):
+        if loaded != run.model:
+            lm = None  # its memory is needed
+            loaded, lm = run.model, load_recorded(run.model, trained)
+        print(f"{number} of {len(left)}: {run.model}, {run.key}", flush=True)
+        record_run(run, lm, folder)
+
+
+def main():
+    options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    options.add_argument("--small", action="store_true", help="a few texts")
+    options.add_argument("--confirm", action="store_true", help="the confirmation sets")
+    options.add_argument("--models", nargs="+", help="only these of the plan")
+    options.add_argument("--runs", type=Path, default=RUNS, help="where runs are kept")
+    options.add_argument("--out", type=Path, help="gather the records of all runs here")
+    args = options.parse_args()
+    plan = small() if args.small else confirmation() if args.confirm else exploration()
+    plan = [run for run in plan if not args.models or run.model in args.models]
+    record(plan, args.runs / "studies", args.runs / "series")
+    if args.out:
+        gather_records(args.runs / "studies", args.out)
+
+
+if __name__ == "__main__":
+    main()
