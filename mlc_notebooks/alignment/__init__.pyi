@@ -57,6 +57,7 @@ from . import corpus as corpus
 from . import cost as cost
 from . import mitigation as mitigation
 from . import study_runs as study_runs
+from . import study_scores as study_scores
 from .calibration import Platt as Platt
 from .calibration import content_free_prior as content_free_prior
 from .calibration import divide_prior as divide_prior
@@ -366,3 +367,8 @@ from .study_runs import is_recorded as is_recorded
 from .study_runs import record_run as record_run
 from .study_runs import study_prompt as study_prompt
 from .study_runs import study_texts as study_texts
+from .study_scores import SCORES as SCORES
+from .study_scores import first_steps as first_steps
+from .study_scores import one_prompt_tables as one_prompt_tables
+from .study_scores import score_tables as score_tables
+from .study_scores import several_prompts_tables as several_prompts_tables

@@ -11,12 +11,13 @@ __all__ = ['PARTS', 'NOT_PASSED_ON', 'StudyRun', 'study_prompt', 'study_texts', 
 # %% ../../nbs/alignment/31_study_runs.ipynb #4d7ca8e7
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from time import time
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit, logit
 
 from .averaging import draw_prompt
 from .recorded_trees import RecordedTrees, record_trees
@@ -139,6 +140,21 @@ def record_run(run: StudyRun, lm: LM, folder: str | Path, progress: bool = True)
     return home
 
 # %% ../../nbs/alignment/31_study_runs.ipynb #534dd4c2
+def _half_odds(p: np.ndarray) -> np.ndarray:
+    "The log-odds of probabilities in half precision."
+    return logit(p).astype(np.float16)
+
+
+def _from_odds(packed: pd.Series) -> np.ndarray:
+    "The probabilities of lists of log-odds."
+    return expit(np.stack(packed.to_list()).astype(float))
+
+
+def _summing_to_one(p: np.ndarray) -> np.ndarray:
+    "Rows of probabilities without what rounding did to their sum; a row of zeros stays."
+    return p / np.maximum(p.sum(axis=1, keepdims=True), 0.5)
+
+
 def _packed_trees(trees: RecordedTrees) -> pd.DataFrame:
     "One row per prefix: id, row of the parent, last label, and the lists of what follows."
     return pd.DataFrame(
@@ -146,8 +162,8 @@ def _packed_trees(trees: RecordedTrees) -> pd.DataFrame:
             "id": np.array(trees.ids, dtype=object)[trees.text],
             "parent": trees.parent.astype(np.int32),
             "last": trees.last.astype(np.int16),
-            "following": list(trees.following.astype(np.float32)),
-            "go": list(trees.go.astype(np.float32)),
+            "following": list(_half_odds(trees.following)),
+            "go": list(_half_odds(trees.go)),
         }
     )
 
@@ -162,8 +178,8 @@ def _unpacked_trees(rows: pd.DataFrame, labels: Sequence[str]) -> RecordedTrees:
         rows["id"].map(position).to_numpy(),
         rows["parent"].to_numpy(np.int64),
         rows["last"].to_numpy(np.int64),
-        np.stack(rows["following"].to_list()).astype(float),
-        np.stack(rows["go"].to_list()).astype(float),
+        _summing_to_one(_from_odds(rows["following"])),
+        _from_odds(rows["go"]),
     )
 
 # %% ../../nbs/alignment/31_study_runs.ipynb #932f12ae
@@ -175,7 +191,7 @@ def _packed_steps(trace: Trace) -> pd.DataFrame:
     steps = trace.steps.rename(columns={"example": "id"})
     steps["flags"] = steps["flags"].map(" ".join)
     steps[["mass", "go", "stop"]] = steps[["mass", "go", "stop"]].astype(np.float32)
-    return steps.assign(logprobs=list(trace.logprobs.astype(np.float32)))
+    return steps.assign(logprobs=list(trace.logprobs.astype(np.float16)))
 
 
 def _packed_answers(trace: Trace) -> pd.DataFrame:
@@ -307,13 +323,12 @@ class StudyRecords:
     def shares(self, run: int) -> pd.DataFrame:
         """The annotators' shares q (n, L), in the order of the prompt's labels.
 
-        Raises `KeyError` for a set whose labels may not be passed on: load the task then.
+        Those that may not be passed on are read from the data set's files, as `load_task` does it.
         """
         if run not in self._shares:
-            raise KeyError(
-                f"the labels of {self.runs.loc[run, 'task']} may not be passed on, so they are not "
-                "in the records: load the task, which reads them from the files in MLC_DATA"
-            )
+            names = [field.name for field in fields(StudyRun)]
+            [about] = self.runs.loc[[run], names].to_dict("records")
+            return study_texts(StudyRun(**about)).distribution()
         rows = self._shares[run]
         index = pd.Index(rows["id"], name="id")
         return pd.DataFrame(np.stack(rows["shares"].to_list()), index, list(self.labels(run)))
