@@ -380,7 +380,8 @@ def test_ctrl_c_ends_in_one_line(tiny_folder, tmp_path):
 # Arguments of functions that no command calls, and of HTML.
 PYTHON_ONLY = {"attention", "boxes", "both_orders", "class", "dev", "hidden", "moves", "objects"}
 PYTHON_ONLY |= {"n", "seeds", "test_share", "examples", "by", "coverage", "descriptions", "style"}
-PYTHON_ONLY |= {"structured", "plain_key_host", "device", "logprobs", "wait", "prior", "calibration"}
+PYTHON_ONLY |= {"structured", "plain_key_host", "device", "logprobs", "wait", "prior", "pi"}
+PYTHON_ONLY |= {"calibration"}
 NAMED = re.compile(r"(?<![\w-])([a-z_]+)=(?!=)")
 
 
