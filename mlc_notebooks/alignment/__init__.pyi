@@ -8,6 +8,7 @@ from . import questions as questions
 from . import decisions as decisions
 from . import pairs as pairs
 from . import tree_search as tree_search
+from . import looks as looks
 from . import output_tree as output_tree
 from . import averaging as averaging
 from . import token_count as token_count
@@ -114,6 +115,10 @@ from .tree_search import best_first as best_first
 from .tree_search import check_draws as check_draws
 from .tree_search import check_limits as check_limits
 from .tree_search import sample_outputs as sample_outputs
+from .looks import FollowingTries as FollowingTries
+from .looks import look_fully as look_fully
+from .looks import look_lazily as look_lazily
+from .looks import usual_forms as usual_forms
 from .output_tree import Bounds as Bounds
 from .output_tree import OutputTree as OutputTree
 from .output_tree import depth_first as depth_first
@@ -124,7 +129,6 @@ from .output_tree import marginals_calibrated as marginals_calibrated
 from .output_tree import marginals_sampled as marginals_sampled
 from .output_tree import over_texts as over_texts
 from .output_tree import sampled_marginals as sampled_marginals
-from .output_tree import usual_forms as usual_forms
 from .averaging import ask_prompts as ask_prompts
 from .averaging import average_prompts as average_prompts
 from .averaging import draw_prompt as draw_prompt
@@ -360,6 +364,7 @@ from .mitigation import text_groups as text_groups
 from .mitigation import weight_annotators as weight_annotators
 from .study_runs import NOT_PASSED_ON as NOT_PASSED_ON
 from .study_runs import PARTS as PARTS
+from .study_runs import READING_TOLERANCE as READING_TOLERANCE
 from .study_runs import StudyRecords as StudyRecords
 from .study_runs import StudyRun as StudyRun
 from .study_runs import gather_records as gather_records
