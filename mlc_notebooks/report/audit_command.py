@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     near = "exact copies only: near ones take long with 10,000 texts or more"
     what.add_argument("--exact-copies", action="store_true", help=near)
     add_asking(parser, model=_NO_MODEL, shots=0)
-    add_out(parser, "runs/audit", "the tables and the figure")
+    add_out(parser, "runs/audit", "the tables and the figure", goes_on=False)
     return parser
 
 # %% ../../nbs/report/09_audit_command.ipynb #62bd659c

@@ -99,11 +99,18 @@ def add_asking(parser: argparse.ArgumentParser, model: str, shots: int):
     return how
 
 
-def add_out(parser: argparse.ArgumentParser, folder: str, what: str) -> None:
+def add_out(
+    parser: argparse.ArgumentParser,
+    folder: str,
+    what: str,
+    goes_on: bool = True,  # whether a command that was stopped goes on
+) -> None:
     "The options that say where the results go, and what becomes of a command that was stopped."
-    again = "a command that was stopped goes on when it is given again"
-    out = f"for {what} (default: %(default)s); {again}"
+    out = f"for {what} (default: %(default)s)"
+    if goes_on:
+        out += "; a command that was stopped goes on when it is given again"
     default = Path(folder)
     parser.add_argument("--out", type=some_path, default=default, metavar="FOLDER", help=out)
-    fresh = "do not go on: drop what a stopped command left in --out"
-    parser.add_argument("--fresh", action="store_true", help=fresh)
+    if goes_on:
+        fresh = "do not go on: drop what a stopped command left in --out"
+        parser.add_argument("--fresh", action="store_true", help=fresh)
