@@ -63,9 +63,11 @@ def plot_alignment(
 
 def _alignment_caption(report: pd.DataFrame, metrics: Sequence[str]) -> str:
     found = [f"{metric} {best_method(report, metric)}" for metric in metrics]
+    people = report["method"].str.startswith("annotators").any()
+    below = "baselines, and the annotators" if people else "baselines"
     return (
         f"Best method by metric: {'; '.join(found)}. {report['n'].max()} items, 95 % intervals. "
-        "Below: baselines, and the annotators."
+        f"Below: {below}."
     )
 
 # %% ../../nbs/report/04_plots_alignment.ipynb #b3737f01
