@@ -36,6 +36,7 @@ from .families import bootstrap_crossed as bootstrap_crossed
 from .families import compare_family as compare_family
 from .families import crossed_mean as crossed_mean
 from .families import holm as holm
+from .families import mean_over_sets as mean_over_sets
 from .inputs import check_marginals as check_marginals
 from .inputs import check_same_shape as check_same_shape
 from .inputs import check_scores as check_scores
