@@ -333,3 +333,11 @@ class StudyRecords:
         rows = self._shares[run]
         index = pd.Index(rows["id"], name="id")
         return pd.DataFrame(np.stack(rows["shares"].to_list()), index, list(self.labels(run)))
+
+    def task(self, run: int) -> AnnotatedTexts:
+        "The items of a run with the annotators' shares; their texts are not kept, and empty."
+        shares = self.shares(run)
+        votes = [row[None] for row in shares.to_numpy()]
+        name = self.runs.loc[run, "task"]
+        texts = [""] * len(votes)
+        return AnnotatedTexts(name, shares.index.tolist(), texts, self.labels(run), votes)
