@@ -401,6 +401,7 @@ NEW = (
     "written_or_tree",
     "marginals_tempered",
     "marginals_order_averaged",
+    "marginals_and_path",
 )
 
 

@@ -18,6 +18,7 @@ from . import shrunken as shrunken
 from . import path_and_tree as path_and_tree
 from . import temperature as temperature
 from . import cyclic as cyclic
+from . import tree_and_path as tree_and_path
 from . import yes_no as yes_no
 from . import verbalised as verbalised
 from . import perspectives as perspectives
@@ -164,6 +165,9 @@ from .temperature import temper as temper
 from .cyclic import ask_orders as ask_orders
 from .cyclic import cyclic_orders as cyclic_orders
 from .cyclic import marginals_order_averaged as marginals_order_averaged
+from .tree_and_path import marginals_and_path as marginals_and_path
+from .tree_and_path import mean_with_path as mean_with_path
+from .tree_and_path import path_in_tree as path_in_tree
 from .yes_no import ANSWERS as ANSWERS
 from .yes_no import TEMPLATES as TEMPLATES
 from .yes_no import ask_yes_no as ask_yes_no

@@ -30,6 +30,7 @@ from . import averaging  # noqa: F401
 from . import stop_calibration  # noqa: F401
 from . import shrunken  # noqa: F401
 from . import path_and_tree  # noqa: F401
+from . import tree_and_path  # noqa: F401
 from . import temperature  # noqa: F401
 from . import cyclic  # noqa: F401
 from . import perspectives  # noqa: F401

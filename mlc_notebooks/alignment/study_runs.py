@@ -48,7 +48,7 @@ class StudyRun:
     part: str = "calibration"  # or "confirmation"
     texts: int = 200  # at most
     shots: int = 10
-    looks: int = 8  # prefixes per text at which the output tree is read, at most
+    looks: int = 4  # prefixes per text at which the output tree is read, at most
     most_labels: int = 12  # that the model is asked about: the most frequent ones
 
     def __post_init__(self):

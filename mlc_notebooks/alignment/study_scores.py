@@ -25,6 +25,7 @@ from mlc_notebooks.alignment.trace_methods import (
     path_product,
     written_probability,
 )
+from .tree_and_path import mean_with_path
 from ..metrics.alignment import item_metrics
 from ..metrics.ordered_writer import writer_profile
 from ..metrics.profiles import label_ranking_precision
@@ -73,6 +74,7 @@ def one_prompt_tables(records: StudyRecords, run: int) -> dict[str, pd.DataFrame
     of_trace = (hard, compare_to_none, max_over_generations, written_probability, path_product)
     tables = {method.__name__: method(trace) for method in of_trace}
     tables["marginals"] = tree
+    tables["marginals_and_path"] = mean_with_path(records.trees(run))
     path = path_marginals(trace)
     tables["written_or_tree"] = join_path_and_tree(trace.predictions(), path, tree)
     return tables
