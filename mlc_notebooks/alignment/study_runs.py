@@ -20,8 +20,10 @@ import pandas as pd
 from scipy.special import expit, logit
 
 from .averaging import draw_prompt
+from .gap import leave_one_out_metrics
 from .recorded_trees import RecordedTrees, record_trees
 from .token_count import count_tokens
+from .word_baseline import all_baselines
 from ..data.checks import check_choice, check_whole
 from ..data.datasets import load_task
 from ..data.fewer_labels import most_frequent_labels
@@ -29,6 +31,7 @@ from ..data.files import safe_name, write_whole
 from ..data.labels import LabelSet
 from ..data.study_splits import study_split
 from ..data.texts import AnnotatedTexts, reorder_labels
+from ..metrics.baselines import MATCHED_PRIOR, matched_prior_marginals
 from ..models.lm import LM, load_lm
 from ..probing.steps import probe_steps
 from ..probing.trace import Trace
@@ -110,6 +113,25 @@ def _about(run: StudyRun, lm: LM, task: AnnotatedTexts, costs: dict) -> dict:
     }
 
 
+def _side_folder(folder: Path, run: StudyRun) -> Path:
+    return folder / "sides" / safe_name(f"{run.task} {run.part}")
+
+
+def _record_side(run: StudyRun, task: AnnotatedTexts, folder: Path) -> None:
+    "What is the same for all models and prompts: baselines from texts, and the annotators."
+    home = _side_folder(folder, run)
+    if (home / "people.parquet").is_file():
+        return
+    home.mkdir(parents=True, exist_ok=True)
+    tables = all_baselines(task)
+    tables.pop(MATCHED_PRIOR, None)  # it would tell the annotators' shares
+    tall = [table.stack().rename(name) for name, table in tables.items()]
+    baselines = pd.concat(tall, axis=1).rename_axis(["id", "label"]).reset_index()
+    write_whole(home / "baselines.parquet", baselines.to_parquet(index=False))
+    people = leave_one_out_metrics(task).rename_axis("id").reset_index()
+    write_whole(home / "people.parquet", people.to_parquet(index=False))
+
+
 def record_run(run: StudyRun, lm: LM, folder: str | Path, progress: bool = True) -> Path:
     """The folder of a run, which then holds its trace, its trees and about.json.
 
@@ -127,6 +149,7 @@ def record_run(run: StudyRun, lm: LM, folder: str | Path, progress: bool = True)
     with count_tokens(lm) as read:
         looks = dict(most_looks=run.looks, reading_tolerance=READING_TOLERANCE)
         trees = record_trees(lm, task, run.shots, folder=home / "tree batches", **looks, **asking)
+    _record_side(run, task, Path(folder))
     trace.save(home / "trace")
     write_whole(home / "trees.parquet", _packed_trees(trees).to_parquet(index=False))
     write_whole(home / "shares.parquet", task.distribution().to_parquet())
@@ -238,18 +261,34 @@ def _tables_of(home: Path, task: str) -> dict[str, pd.DataFrame]:
     return tables
 
 
+def _side_tables(folder: Path, about: dict) -> dict[str, pd.DataFrame]:
+    "The tables of a side of a data set, by the name of the file that they go to."
+    run = StudyRun(about["model"], about["task"], part=about["part"])
+    home = _side_folder(folder, run)
+    side = {"task": run.task, "part": run.part}
+    return {
+        name: pd.read_parquet(home / f"{name}.parquet").assign(**side)
+        for name in ("baselines", "people")
+    }
+
+
 def gather_records(folder: str | Path, out: str | Path) -> pd.DataFrame:
     "One row per finished run; the tables of all runs are written to the folder `out`."
     parts = {}
     runs = []
+    sides = {}
     for number, home in enumerate(_finished(Path(folder))):
         about = _read_about(home)
         runs.append({"run": number, **about})
+        sides[about["task"], about["part"]] = about
         for name, table in _tables_of(home, about["task"]).items():
             parts.setdefault(name, []).append(_keyed(table, number))
     if not runs:
         raise FileNotFoundError(f"{folder} holds no finished run: record some with record_run")
 
+    for about in sides.values():
+        for name, table in _side_tables(Path(folder), about).items():
+            parts.setdefault(name, []).append(table)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     runs = pd.DataFrame(runs)
@@ -295,6 +334,8 @@ class StudyRecords:
         self._steps = _by_run(folder, "steps")
         self._trees = _by_run(folder, "trees")
         self._shares = _by_run(folder, "shares")
+        self._baselines = pd.read_parquet(Path(folder) / "baselines.parquet")
+        self._people = pd.read_parquet(Path(folder) / "people.parquet")
 
     def find(self, **wanted) -> list[int]:
         "The numbers of the runs with these values of columns of `runs`, such as task and prompt."
@@ -338,6 +379,22 @@ class StudyRecords:
         "The items of a run with the annotators' shares; their texts are not kept, and empty."
         shares = self.shares(run)
         votes = [row[None] for row in shares.to_numpy()]
-        name = self.runs.loc[run, "task"]
-        texts = [""] * len(votes)
-        return AnnotatedTexts(name, shares.index.tolist(), texts, self.labels(run), votes)
+        name, ids, texts = self.runs.loc[run, "task"], shares.index.tolist(), [""] * len(votes)
+        return AnnotatedTexts(name, ids, texts, self.labels(run), votes)
+
+    def _of_side(self, table: pd.DataFrame, run: int) -> pd.DataFrame:
+        "The rows of the run's side of its data set."
+        about = self.runs.loc[run]
+        return table[(table["task"] == about["task"]) & (table["part"] == about["part"])]
+
+    def baselines(self, run: int) -> dict[str, pd.DataFrame]:
+        "The marginals (n, L) of `all_baselines`, labels in the order of the prompt."
+        tall = self._of_side(self._baselines, run).set_index(["id", "label"])
+        tables = tall.drop(columns=["task", "part"]).dropna(axis=1, how="all")
+        ids, names = self.shares(run).index, list(self.labels(run))
+        found = {name: tables[name].unstack().loc[ids, names] for name in tables}
+        return found | {MATCHED_PRIOR: matched_prior_marginals(self.task(run))}
+
+    def people(self, run: int) -> pd.DataFrame:
+        "NLL and L1 of annotators against each other, by item; no row with fewer than two of them."
+        return self._of_side(self._people, run).set_index("id")[["NLL", "L1"]]
