@@ -60,6 +60,7 @@ from . import block_workers as block_workers
 from . import corpus as corpus
 from . import cost as cost
 from . import mitigation as mitigation
+from . import study_sides as study_sides
 from . import study_runs as study_runs
 from . import study_scores as study_scores
 from .calibration import Platt as Platt
@@ -381,6 +382,8 @@ from .mitigation import compare_by_group as compare_by_group
 from .mitigation import mitigated_marginals as mitigated_marginals
 from .mitigation import text_groups as text_groups
 from .mitigation import weight_annotators as weight_annotators
+from .study_sides import method_costs as method_costs
+from .study_sides import record_side as record_side
 from .study_runs import NOT_PASSED_ON as NOT_PASSED_ON
 from .study_runs import PARTS as PARTS
 from .study_runs import READING_TOLERANCE as READING_TOLERANCE

@@ -20,10 +20,9 @@ import pandas as pd
 from scipy.special import expit, logit
 
 from .averaging import draw_prompt
-from .gap import leave_one_out_metrics
 from .recorded_trees import RecordedTrees, record_trees
+from .study_sides import method_costs, record_side
 from .token_count import count_tokens
-from .word_baseline import all_baselines
 from ..data.checks import check_choice, check_whole
 from ..data.datasets import load_task
 from ..data.fewer_labels import most_frequent_labels
@@ -51,7 +50,7 @@ class StudyRun:
     part: str = "calibration"  # or "confirmation"
     texts: int = 200  # at most
     shots: int = 10
-    looks: int = 4  # prefixes per text at which the output tree is read, at most
+    looks: int = 8  # prefixes per text at which the output tree is read, at most
     most_labels: int = 12  # that the model is asked about: the most frequent ones
 
     def __post_init__(self):
@@ -117,21 +116,6 @@ def _side_folder(folder: Path, run: StudyRun) -> Path:
     return folder / "sides" / safe_name(f"{run.task} {run.part}")
 
 
-def _record_side(run: StudyRun, task: AnnotatedTexts, folder: Path) -> None:
-    "What is the same for all models and prompts: baselines from texts, and the annotators."
-    home = _side_folder(folder, run)
-    if (home / "people.parquet").is_file():
-        return
-    home.mkdir(parents=True, exist_ok=True)
-    tables = all_baselines(task)
-    tables.pop(MATCHED_PRIOR, None)  # it would tell the annotators' shares
-    tall = [table.stack().rename(name) for name, table in tables.items()]
-    baselines = pd.concat(tall, axis=1).rename_axis(["id", "label"]).reset_index()
-    write_whole(home / "baselines.parquet", baselines.to_parquet(index=False))
-    people = leave_one_out_metrics(task).rename_axis("id").reset_index()
-    write_whole(home / "people.parquet", people.to_parquet(index=False))
-
-
 def record_run(run: StudyRun, lm: LM, folder: str | Path, progress: bool = True) -> Path:
     """The folder of a run, which then holds its trace, its trees and about.json.
 
@@ -149,7 +133,7 @@ def record_run(run: StudyRun, lm: LM, folder: str | Path, progress: bool = True)
     with count_tokens(lm) as read:
         looks = dict(most_looks=run.looks, reading_tolerance=READING_TOLERANCE)
         trees = record_trees(lm, task, run.shots, folder=home / "tree batches", **looks, **asking)
-    _record_side(run, task, Path(folder))
+    record_side(task, _side_folder(Path(folder), run))
     trace.save(home / "trace")
     write_whole(home / "trees.parquet", _packed_trees(trees).to_parquet(index=False))
     write_whole(home / "shares.parquet", task.distribution().to_parquet())
@@ -158,6 +142,7 @@ def record_run(run: StudyRun, lm: LM, folder: str | Path, progress: bool = True)
         "tokens_written": written.tokens,
         "tokens_of_trees": read.tokens,
         "seconds": round(time() - started),
+        **(method_costs(lm, task, run.shots, run.prompt) if run.prompt == 0 else {}),
     }
     about = _about(run, lm, task, costs)
     write_whole(home / "about.json", json.dumps(about, indent=1, ensure_ascii=False))
@@ -380,7 +365,7 @@ class StudyRecords:
         shares = self.shares(run)
         votes = [row[None] for row in shares.to_numpy()]
         name, ids, texts = self.runs.loc[run, "task"], shares.index.tolist(), [""] * len(votes)
-        return AnnotatedTexts(name, ids, texts, self.labels(run), votes)
+        return AnnotatedTexts(name, ids, texts, self.labels(run), votes, aggregated=True)
 
     def _of_side(self, table: pd.DataFrame, run: int) -> pd.DataFrame:
         "The rows of the run's side of its data set."
