@@ -91,7 +91,7 @@ fast-tests: $(READY)
 
 # Part by part, since a process keeps the models of all pages that it has run.
 PAGES = data models engine probing metrics alignment/0* alignment/1* alignment/[23]* report \
-	*.ipynb
+	all.ipynb backends.ipynb index.ipynb
 
 nbdev-test: $(READY)
 	$(BIN)/mlc-fetch
