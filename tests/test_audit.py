@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,14 @@ from mlc_notebooks.alignment import (
     text_groups,
     weight_annotators,
 )
-from mlc_notebooks.data import AnnotatedTexts, LabelSet, load_task, rename_labels, reorder_labels
+from mlc_notebooks.data import (
+    AnnotatedTexts,
+    LabelSet,
+    load_table,
+    load_task,
+    rename_labels,
+    reorder_labels,
+)
 from mlc_notebooks.metrics import (
     agreement_by_label,
     annotator_agreement,
@@ -477,3 +485,9 @@ def test_the_command(tmp_path, capsys):
     for argv in ([], ["--file=a.csv", "--task=goemotions"]):
         assert mlc_audit(argv) == 2
         assert "one of the two" in capsys.readouterr().err
+
+
+def test_too_few_texts_for_an_interval_are_said_in_words():
+    found = audit(load_table(Path(__file__).parent / "data" / "my.csv"))
+    assert found.effects()["low"].isna().any()
+    assert "nan" not in repr(found) and "too few texts for an interval" in repr(found)

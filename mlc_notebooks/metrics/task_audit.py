@@ -133,7 +133,14 @@ def _stands_out(part: pd.DataFrame) -> str:
     if not len(known):
         return "too few texts to ask"
     first = known.assign(size=-known["value"].abs()).sort_values(["p", "size"]).iloc[0]
-    return f"{first['what']}: {first['value']:+.2f} [{first['low']:+.2f}, {first['high']:+.2f}]"
+    return f"{first['what']}: {_with_interval(first)}"
+
+
+def _with_interval(row: pd.Series) -> str:
+    "The value of an effect with its interval, where there are texts enough for one."
+    if pd.isna(row["low"]):
+        return f"{row['value']:+.2f} (too few texts for an interval)"
+    return f"{row['value']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
 
 
 def _summary_row(frame: pd.DataFrame, part: str, effects: pd.DataFrame, level: float) -> tuple:
