@@ -491,3 +491,12 @@ def test_too_few_texts_for_an_interval_are_said_in_words():
     found = audit(load_table(Path(__file__).parent / "data" / "my.csv"))
     assert found.effects()["low"].isna().any()
     assert "nan" not in repr(found) and "too few texts for an interval" in repr(found)
+
+
+def test_a_table_without_any_interval_gets_its_tables(tmp_path, capsys):
+    rows = "a,joy,x\na,anger,y\nb,joy,x\nb,joy,y\nc,none,x\nc,joy,y\n"
+    (tmp_path / "few.csv").write_text(f"text,labels,annotator\n{rows}")
+    out = tmp_path / "out"
+    assert mlc_audit(["--file", str(tmp_path / "few.csv"), "--out", str(out)]) == 0
+    assert (out / "findings.csv").is_file() and not (out / "audit.png").exists()
+    assert "nan" not in capsys.readouterr().out

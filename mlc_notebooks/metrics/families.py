@@ -124,10 +124,11 @@ def mean_over_sets(
     drawn = []
     for _ in range(resamples):
         chosen = rng.integers(0, prompts, prompts)
-        sizes = [len(of_set) for of_set in cells]
-        drawn.append(
-            np.mean([mean(rng.integers(0, n, n), chosen) for mean, n in zip(means, sizes)])
-        )
+        of_sets = []
+        for mean, of_set in zip(means, cells):
+            items = rng.integers(0, len(of_set), len(of_set))
+            of_sets.append(mean(items, chosen))
+        drawn.append(np.mean(of_sets))
     value = float(np.mean([np.nanmean(of_set) for of_set in cells]))
     return value, *_ends(np.array(drawn), coverage)
 

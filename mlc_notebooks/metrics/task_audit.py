@@ -129,7 +129,7 @@ _SAY = {
 # %% ../../nbs/metrics/15g_task_audit.ipynb #2f38a2d6
 def _stands_out(part: pd.DataFrame) -> str:
     "The effect of a part with the smallest p, the largest of equals, in words; part: effects."
-    known = part.dropna(subset=["p"])
+    known = part.dropna(subset=["p", "value"])
     if not len(known):
         return "too few texts to ask"
     first = known.assign(size=-known["value"].abs()).sort_values(["p", "size"]).iloc[0]

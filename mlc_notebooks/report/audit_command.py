@@ -77,15 +77,15 @@ def _audited(args: argparse.Namespace):
 
 # %% ../../nbs/report/09_audit_command.ipynb #d7d63f5f
 def _write_audit(out: Path, found) -> None:
-    "Write a csv for each part, findings.csv, summary.txt and, if something was tested, audit.png."
+    "Write a csv for each part, findings.csv, summary.txt and, with an interval, audit.png."
     from mlc_notebooks.report.page import png_of
-    from mlc_notebooks.report.plots_audit import plot_audit
+    from mlc_notebooks.report.plots_audit import plot_audit, shown_effects
 
     for part, frame in found.frames.items():
         write_whole(out / f"{part}.csv", frame.to_csv(index=False))
     write_whole(out / "findings.csv", found.findings().to_csv(index=False))
     write_whole(out / "summary.txt", f"{found}\n")
-    if found.effects()["p"].notna().any():
+    if shown_effects(found.effects(), most=1):
         write_whole(out / "audit.png", png_of(plot_audit(found)))
 
 

@@ -1,6 +1,6 @@
 """Record what the studies read: every run of the plan that is not recorded yet.
 
-    python nbs/studies/record.py                  # exploration: some nights on two cores
+    python nbs/studies/record.py                  # exploration: hours on two cores
     python nbs/studies/record.py --confirm        # confirmation sets, once the method is named
     python nbs/studies/record.py --small          # a few texts, to see that all of it works
 
