@@ -382,8 +382,10 @@ from .mitigation import compare_by_group as compare_by_group
 from .mitigation import mitigated_marginals as mitigated_marginals
 from .mitigation import text_groups as text_groups
 from .mitigation import weight_annotators as weight_annotators
+from .study_sides import WORDS_OF_HALF as WORDS_OF_HALF
 from .study_sides import method_costs as method_costs
 from .study_sides import record_side as record_side
+from .study_sides import words_of_half as words_of_half
 from .study_runs import NOT_PASSED_ON as NOT_PASSED_ON
 from .study_runs import PARTS as PARTS
 from .study_runs import READING_TOLERANCE as READING_TOLERANCE

@@ -22,6 +22,7 @@ from ..data.checks import check_whole
 from ..data.labels import LabelSet
 from ..data.texts import AnnotatedTexts
 from ..metrics.alignment import EPS, item_metrics, probabilities_and_shares
+from ..metrics.ceiling import item_priors
 from ..metrics.inputs import check_marginals, check_table
 from ..metrics.statistics import bootstrap
 
@@ -88,24 +89,30 @@ def cross_calibrated(
 _METRICS = ("NLL", "L1")
 
 
-def leave_one_out_metrics(task: AnnotatedTexts, eps: float = EPS) -> pd.DataFrame:
+def leave_one_out_metrics(
+    task: AnnotatedTexts,
+    eps: float = EPS,
+    smoothed: bool = False,  # the others' answers with one more that is the label prior
+) -> pd.DataFrame:
     """NLL and L1 of annotators against each other, by item; no row with fewer than two of them.
 
     The mean over an item's annotators of the others' shares against the own answer: per item what
     `noise_ceiling` has as a mean.
     """
-    owners = []
-    others = []
-    for item, votes in zip(task.ids, task.annotations):
-        count = len(votes)
-        if count > 1:
-            owners += [item] * count
-            others.append((votes.sum(axis=0) - votes.astype(float)) / (count - 1))
-    if not owners:
+    several = task.select([i for i, votes in enumerate(task.annotations) if len(votes) > 1])
+    if not len(several):
         return pd.DataFrame(columns=list(_METRICS), dtype=float)
-    own = np.vstack([votes for votes in task.annotations if len(votes) > 1]).astype(float)
-    pairs = item_metrics(np.vstack(others), own, task.labels.is_multi, eps)
-    return pairs[list(_METRICS)].groupby(np.array(owners), sort=False).mean()
+    counts = np.array([len(votes) for votes in several.annotations])
+    own = np.vstack(several.annotations).astype(float)
+    owners = np.repeat(several.ids, counts)
+    sums = np.array([votes.sum(axis=0) for votes in several.annotations], float)
+    others = np.repeat(sums, counts, axis=0) - own
+    answers = np.repeat(counts - 1, counts)[:, None]
+    if smoothed:
+        others = others + np.repeat(item_priors(several), counts, axis=0)
+        answers = answers + 1
+    pairs = item_metrics(others / answers, own, task.labels.is_multi, eps)
+    return pairs[list(_METRICS)].groupby(owners, sort=False).mean()
 
 # %% ../../nbs/alignment/27b_gap.ipynb #088bd6a9
 GAP_PARTS = ("ceiling", "knowledge", "calibration", "read-out")

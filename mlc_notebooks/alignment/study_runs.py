@@ -380,6 +380,11 @@ class StudyRecords:
         found = {name: tables[name].unstack().loc[ids, names] for name in tables}
         return found | {MATCHED_PRIOR: matched_prior_marginals(self.task(run))}
 
-    def people(self, run: int) -> pd.DataFrame:
-        "NLL and L1 of annotators against each other, by item; no row with fewer than two of them."
-        return self._of_side(self._people, run).set_index("id")[["NLL", "L1"]]
+    def people(self, run: int, smoothed: bool = False) -> pd.DataFrame:
+        """NLL and L1 of annotators against each other, by item: `leave_one_out_metrics`.
+
+        No row with fewer than two of them.
+        """
+        prefix = "smoothed " if smoothed else ""
+        table = self._of_side(self._people, run).set_index("id")
+        return table[[prefix + "NLL", prefix + "L1"]].set_axis(["NLL", "L1"], axis=1)

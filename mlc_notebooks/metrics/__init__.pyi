@@ -93,6 +93,7 @@ from .ceiling import PEOPLE as PEOPLE
 from .ceiling import SMOOTHED as SMOOTHED
 from .ceiling import SPLIT_HALF as SPLIT_HALF
 from .ceiling import against_annotators as against_annotators
+from .ceiling import item_priors as item_priors
 from .ceiling import noise_ceiling as noise_ceiling
 from .comparison import AlignReport as AlignReport
 from .comparison import OF_ALL as OF_ALL

@@ -1,6 +1,7 @@
 """Record what the studies read: every run of the plan that is not recorded yet.
 
     python nbs/studies/record.py                  # exploration: hours on two cores
+    python nbs/studies/record.py --domains        # more data sets, fewer texts
     python nbs/studies/record.py --confirm        # confirmation sets, once the method is named
     python nbs/studies/record.py --small          # a few texts, to see that all of it works
 
@@ -27,6 +28,7 @@ RUNS = HERE.parent.parent / "runs"
 
 EMBEDDED = "smollm2-135m-emotions"
 TUNED = [f"{name}-tuned" for name in SERIES]
+SMALLEST, *LARGER = SERIES
 EXPLORATION = [
     "brighter-eng",
     "goemotions",
@@ -36,6 +38,19 @@ EXPLORATION = [
     "xed-en",
     "nlupp-banking",
     "caves",
+]
+DOMAINS = [
+    "tos-unfair-en",
+    "xed-fi",
+    "kote",
+    "reuters21578",
+    "cooking-stackexchange",
+    "cantemist",
+    "chaosnli-snli",
+    "chaosnli-mnli",
+    "mmlu-pro",
+    "banking77",
+    "clinc150",
 ]
 PRIMARY = [
     "brighter-afr",
@@ -52,12 +67,18 @@ def exploration() -> list[StudyRun]:
     "Prompt by prompt, so that every model has been seen on every set before the second prompt."
     plan = []
     for prompt in (0, 1, 2):
-        for model in (EMBEDDED, *TUNED):
+        for model in (EMBEDDED, SMALLEST, *TUNED):
             plan += [StudyRun(model, task, prompt) for task in EXPLORATION]
         if prompt == 0:
-            for model in SERIES:
+            for model in LARGER:
                 plan += [StudyRun(model, task, 0, texts=100) for task in EXPLORATION]
     return plan
+
+
+def domains() -> list[StudyRun]:
+    "Further data sets, for what goes with the effect."
+    models = (EMBEDDED, *TUNED)
+    return [StudyRun(model, task, 0, texts=100) for model in models for task in DOMAINS]
 
 
 def confirmation() -> list[StudyRun]:
@@ -93,7 +114,7 @@ def load_recorded(model: str, trained: Path) -> LM:
 def record(plan: list[StudyRun], folder: Path, trained: Path) -> None:
     "All runs of the plan that are not recorded; a model stays loaded while runs in a row ask for it."
     left = [run for run in plan if not is_recorded(run, folder)]
-    loaded, lm = None, None
+    loaded, lm = None, None  # a name and its model
     for number, run in enumerate(left, start=1):
         if loaded != run.model:
             lm = None  # its memory is needed
@@ -105,12 +126,20 @@ def record(plan: list[StudyRun], folder: Path, trained: Path) -> None:
 def main():
     options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     options.add_argument("--small", action="store_true", help="a few texts")
+    options.add_argument("--domains", action="store_true", help="more data sets, fewer texts")
     options.add_argument("--confirm", action="store_true", help="the confirmation sets")
     options.add_argument("--models", nargs="+", help="only these of the plan")
     options.add_argument("--runs", type=Path, default=RUNS, help="where runs are kept")
     options.add_argument("--out", type=Path, help="gather the records of all runs here")
     args = options.parse_args()
-    plan = small() if args.small else confirmation() if args.confirm else exploration()
+    if args.small:
+        plan = small()
+    elif args.domains:
+        plan = domains()
+    elif args.confirm:
+        plan = confirmation()
+    else:
+        plan = exploration()
     plan = [run for run in plan if not args.models or run.model in args.models]
     record(plan, args.runs / "studies", args.runs / "series")
     if args.out:
