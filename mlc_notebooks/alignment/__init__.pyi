@@ -383,6 +383,7 @@ from .mitigation import mitigated_marginals as mitigated_marginals
 from .mitigation import text_groups as text_groups
 from .mitigation import weight_annotators as weight_annotators
 from .study_sides import WORDS_OF_HALF as WORDS_OF_HALF
+from .study_sides import halves as halves
 from .study_sides import method_costs as method_costs
 from .study_sides import record_side as record_side
 from .study_sides import words_of_half as words_of_half

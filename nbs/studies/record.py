@@ -38,14 +38,13 @@ EXPLORATION = [
     "xed-en",
     "nlupp-banking",
     "caves",
+    "xed-fi",
 ]
 DOMAINS = [
     "tos-unfair-en",
-    "xed-fi",
     "kote",
     "reuters21578",
     "cooking-stackexchange",
-    "cantemist",
     "chaosnli-snli",
     "chaosnli-mnli",
     "mmlu-pro",
