@@ -67,6 +67,9 @@ def first_steps(records: StudyRecords, run: int) -> pd.DataFrame:
     return _named(pd.DataFrame(columns).rename_axis("id").reset_index(), records, run)
 
 # %% ../../nbs/alignment/32_study_scores.ipynb #68bda537
+_DONE = 0.012  # a little more than what recording calls done, since records are in half precision
+
+
 def one_prompt_tables(records: StudyRecords, run: int) -> dict[str, pd.DataFrame]:
     "The marginals (n, L) of each method that needs one run, by its name."
     trace = records.trace(run)
@@ -74,7 +77,7 @@ def one_prompt_tables(records: StudyRecords, run: int) -> dict[str, pd.DataFrame
     of_trace = (hard, compare_to_none, max_over_generations, written_probability, path_product)
     tables = {method.__name__: method(trace) for method in of_trace}
     tables["marginals"] = tree
-    few = fewer_looks(records.trees(run), FEW_LOOKS)
+    few = fewer_looks(records.trees(run), FEW_LOOKS, _DONE)
     tables["marginals_and_path"] = mean_with_path(few)
     path = path_marginals(trace)
     tables["written_or_tree"] = join_path_and_tree(trace.predictions(), path, tree)
