@@ -169,9 +169,13 @@ from .cyclic import cyclic_orders as cyclic_orders
 from .cyclic import marginals_order_averaged as marginals_order_averaged
 from .tree_and_path import DOUBT as DOUBT
 from .tree_and_path import FEW_LOOKS as FEW_LOOKS
+from .tree_and_path import PATH_WEIGHT as PATH_WEIGHT
+from .tree_and_path import TAKEN_BACK as TAKEN_BACK
 from .tree_and_path import marginals_and_path as marginals_and_path
+from .tree_and_path import marginals_and_path_shrunken as marginals_and_path_shrunken
 from .tree_and_path import mean_with_path as mean_with_path
 from .tree_and_path import path_in_tree as path_in_tree
+from .tree_and_path import with_doubt as with_doubt
 from .yes_no import ANSWERS as ANSWERS
 from .yes_no import TEMPLATES as TEMPLATES
 from .yes_no import ask_yes_no as ask_yes_no
