@@ -1,6 +1,8 @@
 """The gap to the annotators: the parts sum to it, each part by hand, the map rises, the ceiling is
 that of `noise_ceiling`."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -163,3 +165,11 @@ def test_what_does_not_fit_is_refused():
         gap_split(whole[3:], whole, whole, task)
     with pytest.raises(ValueError, match="is no probability"):
         gap_split(whole * 3, whole, whole, task)
+
+
+def test_folds_need_different_texts():
+    "Texts that are all alike are one fold, and nothing would be left to fit to."
+    task = make_task([[[1, 0]], [[0, 1]]] * 10)
+    alike = replace(task, texts=["same"] * len(task))
+    with pytest.raises(ValueError, match="5 folds of 1 different texts"):
+        cross_calibrated(table(np.full((20, 2), 0.5)), alike)

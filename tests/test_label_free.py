@@ -402,6 +402,7 @@ NEW = (
     "marginals_tempered",
     "marginals_order_averaged",
     "marginals_and_path",
+    "marginals_and_path_shrunken",
 )
 
 

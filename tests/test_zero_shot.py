@@ -297,7 +297,7 @@ def test_the_registry_is_never_empty():
     names = run_python(code)
     assert names[:3] == ["hard", "compare_to_none", "max_over_generations"]
     assert "max_over_generations_averaged" in names and "annotators_in_context" in names
-    assert len(names) == 24
+    assert len(names) == 25
     assert run_python("from mlc_notebooks.alignment import methods_for; " + code) == names
     others = run_python("from mlc_notebooks.alignment import depth_first; " + code)
     assert sorted(others) == sorted(names)

@@ -142,6 +142,7 @@ from .averaging import several_prompts as several_prompts
 from .token_count import count_tokens as count_tokens
 from .recorded_trees import RecordedTrees as RecordedTrees
 from .recorded_trees import expected_length as expected_length
+from .recorded_trees import fewer_looks as fewer_looks
 from .recorded_trees import record_trees as record_trees
 from .recorded_trees import tree_marginals as tree_marginals
 from .recorded_trees import trees_frame as trees_frame
@@ -166,9 +167,15 @@ from .temperature import temper as temper
 from .cyclic import ask_orders as ask_orders
 from .cyclic import cyclic_orders as cyclic_orders
 from .cyclic import marginals_order_averaged as marginals_order_averaged
+from .tree_and_path import DOUBT as DOUBT
+from .tree_and_path import FEW_LOOKS as FEW_LOOKS
+from .tree_and_path import PATH_WEIGHT as PATH_WEIGHT
+from .tree_and_path import TAKEN_BACK as TAKEN_BACK
 from .tree_and_path import marginals_and_path as marginals_and_path
+from .tree_and_path import marginals_and_path_shrunken as marginals_and_path_shrunken
 from .tree_and_path import mean_with_path as mean_with_path
 from .tree_and_path import path_in_tree as path_in_tree
+from .tree_and_path import with_doubt as with_doubt
 from .yes_no import ANSWERS as ANSWERS
 from .yes_no import TEMPLATES as TEMPLATES
 from .yes_no import ask_yes_no as ask_yes_no

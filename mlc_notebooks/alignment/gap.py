@@ -20,7 +20,7 @@ from .pooled import fit_pooled
 from .rows import row_folds
 from ..data.checks import check_whole
 from ..data.labels import LabelSet
-from ..data.texts import AnnotatedTexts
+from ..data.texts import AnnotatedTexts, text_key
 from ..metrics.alignment import EPS, item_metrics, probabilities_and_shares
 from ..metrics.ceiling import item_priors
 from ..metrics.inputs import check_marginals, check_table
@@ -75,10 +75,15 @@ def cross_calibrated(
 ) -> pd.DataFrame:
     """The marginals (n, L), those of each fold after a `RisingMap` fitted to the other folds.
 
-    Raises `ValueError` as `fit_rising` does, and for fewer than two folds.
+    Raises `ValueError` as `fit_rising` does, for fewer than two folds, and for more of them than
+    there are different texts.
     """
+    texts = task.at(marginals.index).texts
     check_whole("folds", folds, least=2, most=max(2, len(marginals)))
-    fold_of = row_folds(task.at(marginals.index).texts, folds, seed)
+    distinct = len({text_key(text) for text in texts})
+    if distinct < folds:
+        raise ValueError(f"{folds} folds of {distinct} different texts: ask for fewer folds")
+    fold_of = row_folds(texts, folds, seed)
     parts = []
     for fold in np.unique(fold_of):
         mine = fold_of == fold

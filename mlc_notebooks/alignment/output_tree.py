@@ -150,8 +150,9 @@ def _settings(lm, task, questions, prior, how) -> dict:
     return list_settings(lm, task, questions, prior=prior_hash, **how)
 
 # %% ../../nbs/alignment/07_output_tree.ipynb #620b662d
-_TEXTS_AT_ONCE = 8  # whose trees grow together
-_TEXTS_LAZILY = 32  # where little of each is read
+# how many trees grow together, and how many longest answers' tokens each of them may take
+_FULLY = 8, 40
+_LAZILY = 32, 16
 
 
 def over_texts(
@@ -183,8 +184,8 @@ def over_texts(
         trees = OutputTree(questions, tree, reader, batch, prior, reading_tolerance)
         return work(trees.expand, len(batch))
 
-    most = _TEXTS_LAZILY if reading_tolerance else _TEXTS_AT_ONCE
-    size = min(most, batch_size_for(lm, 40 * questions.answer_tokens.longest_answer))
+    most, answers = _LAZILY if reading_tolerance else _FULLY
+    size = min(most, batch_size_for(lm, answers * questions.answer_tokens.longest_answer))
     desc = f"output trees of {task.name}"
     return in_batches(run, _by_length(questions), size, desc, progress, folder, settings)
 

@@ -361,11 +361,11 @@ class StudyRecords:
         return pd.DataFrame(np.stack(rows["shares"].to_list()), index, list(self.labels(run)))
 
     def task(self, run: int) -> AnnotatedTexts:
-        "The items of a run with the annotators' shares; their texts are not kept, and empty."
+        "The items of a run with the annotators' shares; ids stand for texts, which are not kept."
         shares = self.shares(run)
         votes = [row[None] for row in shares.to_numpy()]
-        name, ids, texts = self.runs.loc[run, "task"], shares.index.tolist(), [""] * len(votes)
-        return AnnotatedTexts(name, ids, texts, self.labels(run), votes, aggregated=True)
+        name, ids = self.runs.loc[run, "task"], shares.index.tolist()
+        return AnnotatedTexts(name, ids, ids, self.labels(run), votes, aggregated=True)
 
     def _of_side(self, table: pd.DataFrame, run: int) -> pd.DataFrame:
         "The rows of the run's side of its data set."

@@ -14,8 +14,8 @@ import pandas as pd
 
 from .averaging import mean_marginals
 from .path_and_tree import join_path_and_tree, path_marginals
-from .recorded_trees import tree_marginals
-from .shrunken import shrink
+from .recorded_trees import fewer_looks, tree_marginals
+from .shrunken import shrink, take_back
 from .study_runs import StudyRecords
 from .temperature import temper
 from mlc_notebooks.alignment.trace_methods import (
@@ -25,7 +25,12 @@ from mlc_notebooks.alignment.trace_methods import (
     path_product,
     written_probability,
 )
-from .tree_and_path import mean_with_path
+from mlc_notebooks.alignment.tree_and_path import (
+    FEW_LOOKS,
+    TAKEN_BACK,
+    mean_with_path,
+    with_doubt,
+)
 from ..metrics.alignment import item_metrics
 from ..metrics.ordered_writer import writer_profile
 from ..metrics.profiles import label_ranking_precision
@@ -67,6 +72,9 @@ def first_steps(records: StudyRecords, run: int) -> pd.DataFrame:
     return _named(pd.DataFrame(columns).rename_axis("id").reset_index(), records, run)
 
 # %% ../../nbs/alignment/32_study_scores.ipynb #68bda537
+_DONE = 0.012  # a little more than what recording calls done, since records are in half precision
+
+
 def one_prompt_tables(records: StudyRecords, run: int) -> dict[str, pd.DataFrame]:
     "The marginals (n, L) of each method that needs one run, by its name."
     trace = records.trace(run)
@@ -74,7 +82,9 @@ def one_prompt_tables(records: StudyRecords, run: int) -> dict[str, pd.DataFrame
     of_trace = (hard, compare_to_none, max_over_generations, written_probability, path_product)
     tables = {method.__name__: method(trace) for method in of_trace}
     tables["marginals"] = tree
-    tables["marginals_and_path"] = mean_with_path(records.trees(run))
+    mean = mean_with_path(fewer_looks(records.trees(run), FEW_LOOKS, _DONE))
+    tables["marginals_and_path"] = with_doubt(mean)
+    tables["marginals_and_path_shrunken"] = with_doubt(take_back(mean, TAKEN_BACK))
     path = path_marginals(trace)
     tables["written_or_tree"] = join_path_and_tree(trace.predictions(), path, tree)
     return tables

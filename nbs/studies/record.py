@@ -6,8 +6,8 @@
     python nbs/studies/record.py --small          # a few texts, to see that all of it works
 
 It can be stopped at any time and goes on where it was. A model "NAME-tuned" is NAME after
-`train_series` (alignment.series); it is trained first if it has not been. PROTOCOL.md says why these
-models, sets and prompts.
+`train_series` (alignment.series), "NAME-tuned-rlSEED" is that one after `fit_rl`; they are trained
+first if they have not been. PROTOCOL.md says why these models, sets and prompts.
 """
 
 import argparse
@@ -16,11 +16,13 @@ from pathlib import Path
 from mlc_notebooks.alignment import (
     SERIES,
     StudyRun,
+    fit_rl,
     gather_records,
     is_recorded,
     record_run,
     train_series,
 )
+from mlc_notebooks.data import load_task
 from mlc_notebooks.models import LM, load_lm
 
 HERE = Path(__file__).parent
@@ -29,6 +31,8 @@ RUNS = HERE.parent.parent / "runs"
 EMBEDDED = "smollm2-135m-emotions"
 TUNED = [f"{name}-tuned" for name in SERIES]
 SMALLEST, *LARGER = SERIES
+REINFORCED = [f"{SMALLEST}-tuned-rl{seed}" for seed in (0, 1, 2)]
+REINFORCED_ON = "brighter-eng"
 EXPLORATION = [
     "brighter-eng",
     "goemotions",
@@ -69,6 +73,8 @@ def exploration() -> list[StudyRun]:
         for model in (EMBEDDED, SMALLEST, *TUNED):
             plan += [StudyRun(model, task, prompt) for task in EXPLORATION]
         if prompt == 0:
+            for model in REINFORCED:
+                plan += [StudyRun(model, task, 0) for task in EXPLORATION]
             for model in LARGER:
                 plan += [StudyRun(model, task, 0, texts=100) for task in EXPLORATION]
     return plan
@@ -100,14 +106,29 @@ def small() -> list[StudyRun]:
     ]
 
 
-def load_recorded(model: str, trained: Path) -> LM:
-    "A model by its name in the records; one tuned alike is trained first where it has not been."
-    if model not in TUNED:
-        return load_lm(model, dtype="bfloat16")
-    base = model.removesuffix("-tuned")
+def load_tuned(base: str, trained: Path) -> LM:
+    "A model of the series after tuning, which is done first if it has not been."
     if not (trained / base / "mix.json").is_file():  # what a training writes last
         train_series(base, trained / base)
     return load_lm(str(trained / base), dtype="bfloat16")
+
+
+def load_reinforced(model: str, trained: Path) -> LM:
+    "A tuned model after reinforcement with the seed that its name ends with."
+    base, seed = model.split("-tuned-rl")
+    start = load_tuned(base, trained)
+    return fit_rl(
+        load_task(REINFORCED_ON, "train"), start, trained / model, steps=60, seed=int(seed)
+    ).lm
+
+
+def load_recorded(model: str, trained: Path) -> LM:
+    "A model by its name in the records."
+    if model in REINFORCED:
+        return load_reinforced(model, trained)
+    if model in TUNED:
+        return load_tuned(model.removesuffix("-tuned"), trained)
+    return load_lm(model, dtype="bfloat16")
 
 
 def record(plan: list[StudyRun], folder: Path, trained: Path) -> None:
