@@ -407,6 +407,16 @@ def test_an_answerer_who_goes_by_the_place_is_found():
     assert (corrected_p(order_effects(tables["by nothing"], orders)["p"]) > 0.05).all()
 
 
+def test_labels_near_the_middle_do_not_decide_the_effect_of_place():
+    "By hand: the places of four labels in two orders change by 1, 1/3, -1/3 and -1."
+    orders = [list("abcd"), list("dcba")]
+    first = pd.DataFrame([[0.5, 0.6, 0.5, 0.5]] * 3, columns=list("abcd"))
+    second = pd.DataFrame([[0.5, 0.5, 0.6, 0.5]] * 3, columns=list("abcd"))
+    found = order_effects([first, second], orders).set_index("label")["value"]
+    assert found["b"] == pytest.approx(0.3) and found["a"] == 0
+    assert found["all labels"] == pytest.approx(2 * (0.1 / 3) / (2 + 2 / 9))
+
+
 def test_empty_texts_are_read_at_step_one(lm, few):
     table = empty_answers(lm, few, texts=["N/A"])
     empty = AnnotatedTexts("e", ["x"], ["N/A"], few.labels, np.zeros((1, 0, 5)), False, "emotions")

@@ -206,12 +206,14 @@ def _places(orders: Sequence[Sequence[str]], names: Sequence[str]) -> np.ndarray
     return np.array([[1 - order.index(name) / last for name in names] for order in orders])
 
 
-def _slopes(values: np.ndarray, places: np.ndarray) -> np.ndarray:
-    "The slope of values (orders, n, L) over places (orders, L), for each text and label (n, L)."
+def _slopes(values: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The slope of values (orders, n, L) over places (orders, L), for each text and label (n, L);
+    and for each text (n,) one slope through all labels, each with an intercept of its own."""
     centred = places - places.mean(axis=0)
     spread = (centred**2).sum(axis=0)
-    spread = np.where(spread > 0, spread, np.nan)  # a label that always stands in the middle
-    return np.einsum("onl,ol->nl", values, centred) / spread
+    together = np.einsum("onl,ol->nl", values, centred)
+    known = np.where(spread > 0, spread, np.nan)  # a label that always stands in the middle
+    return together / known, together.sum(axis=1) / max(spread.sum(), 1e-12)
 
 # %% ../../nbs/metrics/15f_model_audit.ipynb #926db86c
 def order_effects(
@@ -221,15 +223,16 @@ def order_effects(
 ) -> pd.DataFrame:
     """How much more a label has where it is listed first than where it is last, one table an order.
 
-    Columns: label ("all labels", then each), value (the mean slope over texts), low, high, p (signs
-    flipped) and n. A label whose place never changes has no row of its own.
+    Columns: label ("all labels", by one slope through them; then each), value (the mean slope over
+    texts), low, high, p (signs flipped) and n. A label whose place never changes has no row of its
+    own. One whose place hardly changes has a slope drawn far beyond its places.
     """
     names = list(tables[0].columns)
     values = np.stack([table.loc[tables[0].index, names].to_numpy(float) for table in tables])
-    slopes = _slopes(values, _places(orders, names))
+    slopes, together = _slopes(values, _places(orders, names))
     moved = {name: column for name, column in zip(names, slopes.T) if not np.isnan(column).any()}
     if moved:
-        moved = {"all labels": np.mean(list(moved.values()), axis=0), **moved}
+        moved = {"all labels": together, **moved}
     rows = []
     for name, column in moved.items():
         p = sign_flip_p(column[:, None], seed=seed)[0]
