@@ -55,7 +55,8 @@ def path_in_tree(trees: RecordedTrees) -> pd.DataFrame:
     return pd.DataFrame(path, pd.Index(trees.ids, name="id"), list(trees.labels))
 
 # %% ../../nbs/alignment/08ec_tree_and_path.ipynb #0bc10999
-PATH_WEIGHT = 0.4  # this and the two constants below were chosen on exploration items of the studies
+# This and the two constants below were chosen on exploration items of the studies.
+PATH_WEIGHT = 0.4
 
 
 def mean_with_path(
