@@ -66,12 +66,18 @@ PRIMARY = [
 SECONDARY = ["hs-brexit", "brighter-arq", "goemotions-raters"]
 
 
+def looks_at(prompt: int) -> int:
+    "At how many prefixes the output tree of a text is read: fewer for prompts after the first."
+    return 8 if prompt == 0 else 4
+
+
 def exploration() -> list[StudyRun]:
     "Prompt by prompt, so that every model has been seen on every set before the second prompt."
     plan = []
     for prompt in (0, 1, 2):
         for model in (EMBEDDED, SMALLEST, *TUNED):
-            plan += [StudyRun(model, task, prompt) for task in EXPLORATION]
+            for task in EXPLORATION:
+                plan.append(StudyRun(model, task, prompt, looks=looks_at(prompt)))
         if prompt == 0:
             for model in REINFORCED:
                 plan += [StudyRun(model, task, 0) for task in EXPLORATION]
@@ -89,7 +95,7 @@ def domains() -> list[StudyRun]:
 def confirmation() -> list[StudyRun]:
     "The sets that nobody has looked at, for the models tuned alike and the embedded one."
     return [
-        StudyRun(model, task, prompt, "confirmation")
+        StudyRun(model, task, prompt, "confirmation", looks=looks_at(prompt))
         for prompt in (0, 1, 2)
         for model in (EMBEDDED, *TUNED)
         for task in PRIMARY + (SECONDARY if prompt == 0 else [])
