@@ -65,6 +65,7 @@ def test_records_hold_no_texts(recorded, monkeypatch):
 @pytest.mark.slow
 def test_the_notebook_reads_them(recorded, monkeypatch):
     monkeypatch.setenv("MLC_BIAS_RECORDS", str(recorded / "out"))
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # which other tests may set: no figure is kept
     notebook = nbformat.read(STUDIES / "bias.ipynb", as_version=4)
     assert len(notebook.cells) <= 40
     where = {"metadata": {"path": str(STUDIES)}}
