@@ -119,7 +119,8 @@ def _side_folder(folder: Path, run: StudyRun) -> Path:
 def record_run(run: StudyRun, lm: LM, folder: str | Path, progress: bool = True) -> Path:
     """The folder of a run, which then holds its trace, its trees and about.json.
 
-    A run that was stopped goes on; one that is finished is not run again.
+    A run that was stopped goes on; one that is finished is not run again. Where exactly one label
+    applies there are no trees: step 1 is all that a model says.
     """
     home = _run_folder(Path(folder), run)
     if is_recorded(run, folder):
@@ -131,19 +132,22 @@ def record_run(run: StudyRun, lm: LM, folder: str | Path, progress: bool = True)
     with count_tokens(lm) as written:
         trace = probe_steps(lm, task, run.shots, folder=home / "trace batches", **asking)
     with count_tokens(lm) as read:
-        looks = dict(most_looks=run.looks, reading_tolerance=READING_TOLERANCE)
-        trees = record_trees(lm, task, run.shots, folder=home / "tree batches", **looks, **asking)
+        if task.labels.is_multi:
+            looks = dict(most_looks=run.looks, reading_tolerance=READING_TOLERANCE)
+            looks["folder"] = home / "tree batches"
+            trees = record_trees(lm, task, run.shots, **looks, **asking)
+            write_whole(home / "trees.parquet", _packed_trees(trees).to_parquet(index=False))
     record_side(task, _side_folder(Path(folder), run))
     trace.save(home / "trace")
-    write_whole(home / "trees.parquet", _packed_trees(trees).to_parquet(index=False))
     write_whole(home / "shares.parquet", task.distribution().to_parquet())
     costs = {
         "in_one_go": in_one_go,  # if not, the three below are those of the last part only
         "tokens_written": written.tokens,
         "tokens_of_trees": read.tokens,
         "seconds": round(time() - started),
-        **(method_costs(lm, task, run.shots, run.prompt) if run.prompt == 0 else {}),
     }
+    if run.prompt == 0 and task.labels.is_multi:
+        costs |= method_costs(lm, task, run.shots, run.prompt)
     about = _about(run, lm, task, costs)
     write_whole(home / "about.json", json.dumps(about, indent=1, ensure_ascii=False))
     return home
@@ -192,7 +196,11 @@ def _unpacked_trees(rows: pd.DataFrame, labels: Sequence[str]) -> RecordedTrees:
     )
 
 # %% ../../nbs/alignment/31_study_runs.ipynb #932f12ae
-NOT_PASSED_ON = ("crowdtruth", "caves", "reuters21578", "chaosnli-snli", "chaosnli-mnli")
+# For their licence, or so that the answers of a benchmark stay where they are.
+NOT_PASSED_ON = (
+    "crowdtruth caves reuters21578 chaosnli-snli chaosnli-mnli hs-brexit cooking-stackexchange "
+    "mmlu-pro"
+).split()
 
 
 def _packed_steps(trace: Trace) -> pd.DataFrame:
@@ -236,11 +244,9 @@ def _long_shares(home: Path) -> pd.DataFrame:
 def _tables_of(home: Path, task: str) -> dict[str, pd.DataFrame]:
     "The tables of one run, by the name of the file that they go to."
     trace = Trace.load(home / "trace")
-    tables = {
-        "answers": _packed_answers(trace),
-        "steps": _packed_steps(trace),
-        "trees": pd.read_parquet(home / "trees.parquet"),
-    }
+    tables = {"answers": _packed_answers(trace), "steps": _packed_steps(trace)}
+    if trace.labels.is_multi:
+        tables["trees"] = pd.read_parquet(home / "trees.parquet")
     if task not in NOT_PASSED_ON:
         tables["shares"] = _long_shares(home)
     return tables

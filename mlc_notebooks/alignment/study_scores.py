@@ -76,11 +76,16 @@ _DONE = 0.012  # a little more than what recording calls done, since records are
 
 
 def one_prompt_tables(records: StudyRecords, run: int) -> dict[str, pd.DataFrame]:
-    "The marginals (n, L) of each method that needs one run, by its name."
+    """The marginals (n, L) of each method that needs one run, by its name.
+
+    Where exactly one label applies, of those only that read a trace.
+    """
     trace = records.trace(run)
-    tree = tree_marginals(records.trees(run))
     of_trace = (hard, compare_to_none, max_over_generations, written_probability, path_product)
     tables = {method.__name__: method(trace) for method in of_trace}
+    if not trace.labels.is_multi:
+        return tables
+    tree = tree_marginals(records.trees(run))
     tables["marginals"] = tree
     mean = mean_with_path(fewer_looks(records.trees(run), FEW_LOOKS, _DONE))
     tables["marginals_and_path"] = with_doubt(mean)
