@@ -231,8 +231,8 @@ tutorial-server: $(READY) $(RIVALS)/vllm/.installed
 studies: $(READY)
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/studies/*.ipynb
 
-# What the second edition's studies read, from nothing: about ten hours on two cores, of which the
-# biases take half an hour. It goes on where it was stopped. The confirmation sets are a step of
+# What the second edition's studies read, from nothing: ten to twelve hours on two cores, estimated
+# from the first forty runs; the biases take half an hour of it. It goes on where it was stopped. The confirmation sets are a step of
 # their own (record.py --confirm), which PROTOCOL.md allows once a method is named there.
 study-records: $(READY)
 	$(BIN)/python nbs/studies/record_bias.py

@@ -1,4 +1,4 @@
-"""Half what the model believes, half what it would write: marginals of a small tree, and its likeliest list
+"""What the model believes and what it would write: marginals of a small tree, and its likeliest list
 
 Docs: https://mlc-notebooks.github.io/mlc_notebooks/alignment/tree_and_path.html.md"""
 
@@ -55,7 +55,7 @@ def path_in_tree(trees: RecordedTrees) -> pd.DataFrame:
     return pd.DataFrame(path, pd.Index(trees.ids, name="id"), list(trees.labels))
 
 # %% ../../nbs/alignment/08ec_tree_and_path.ipynb #0bc10999
-# This and the two constants below were chosen on exploration items of the studies.
+# Chosen on exploration items of the studies, as are the constants below.
 PATH_WEIGHT = 0.4
 
 
@@ -117,6 +117,6 @@ def marginals_and_path_shrunken(
     progress: bool = True,
     folder: str | Path | None = None,
 ) -> pd.DataFrame:
-    "The same with half of each label's advantage over all texts taken back."
+    "`marginals_and_path` with half of each label's advantage over all texts taken back."
     mean = _from_few_looks(lm, task, shots, seed, progress, folder)
     return with_doubt(take_back(mean, TAKEN_BACK))

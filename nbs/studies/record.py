@@ -151,10 +151,12 @@ def record(plan: list[StudyRun], folder: Path, trained: Path) -> None:
 
 def main():
     options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    options.add_argument("--small", action="store_true", help="a few texts")
-    options.add_argument("--domains", action="store_true", help="more data sets, fewer texts")
-    options.add_argument("--confirm", action="store_true", help="the confirmation sets")
-    options.add_argument("--models", nargs="+", help="only these of the plan")
+    which = options.add_mutually_exclusive_group()
+    which.add_argument("--small", action="store_true", help="a few texts")
+    which.add_argument("--domains", action="store_true", help="more data sets, fewer texts")
+    which.add_argument("--confirm", action="store_true", help="the confirmation sets")
+    known = [EMBEDDED, *SERIES, *TUNED, *REINFORCED]
+    options.add_argument("--models", nargs="+", choices=known, help="only these of the plan")
     options.add_argument("--runs", type=Path, default=RUNS, help="where runs are kept")
     options.add_argument("--out", type=Path, help="gather the records of all runs here")
     args = options.parse_args()

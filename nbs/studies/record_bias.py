@@ -266,7 +266,8 @@ def main():
     options.add_argument(
         "--people", metavar="SET", help="only the annotators of this set, by group"
     )
-    options.add_argument("--models", nargs="+", help="ask only these of the plan")
+    known = [EMBEDDED, LARGER]
+    options.add_argument("--models", nargs="+", choices=known, help="ask only these of the plan")
     options.add_argument("--runs", type=Path, default=RUNS, help="where runs are kept")
     options.add_argument("--out", type=Path, default=HERE / "recorded" / "bias")
     args = options.parse_args()
